@@ -3,6 +3,7 @@
 #
 #   make demo                      train on digits, dense and 2:4 side by side
 #   make test                      run the test suite
+#   make install                   only make the environment that the tests need
 #   make lint / format / docs      checks, formatting, HTML documentation
 #   PYTHON=python3.12 make test    choose the interpreter (3.11 or newer)
 
@@ -16,12 +17,14 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 BIN := $(VENV)/bin
 VERSION = import sys; print("%d.%d" % sys.version_info[:2])
 
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo install test lint format docs clean
 help:
-	@sed -n 's/^#  *make/make/p; s/^#  *PYTHON/PYTHON/p' Makefile
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.has-examples
 	$(BIN)/python examples/cifar10.py $(ARGS)
+
+install: $(VENV)/.has-test
 
 test: $(VENV)/.has-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
