@@ -1,0 +1,128 @@
+"""Masks that keep or drop whole blocks and whole channels."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Shaped
+
+from nmjax.masks.ordering import (
+    as_axes,
+    as_axis,
+    as_count,
+    as_scores,
+    check_multiple,
+)
+from nmjax.masks.selection import Count, topk_mask
+
+__all__ = ["block_mask", "channel_mask"]
+
+
+def block_mask(
+    scores: Shaped[ArrayLike, "..."],
+    k: Count,
+    block: tuple[int, ...],
+    axes: tuple[int, ...] = (-2, -1),
+    batch_axes: int | tuple[int, ...] = (),
+) -> Bool[Array, "..."]:
+    r"""Keep exactly k whole blocks of every slice.
+
+    The score of a block is the float32 sum of its entries, and the k highest are kept:
+
+    .. math:: S_B = \sum_{i \in B} s_i, \quad E_i = [B(i) \in \text{top}_k(S)]
+
+    Args:
+      scores: Real floating array. Higher is kept; a block with a NaN ranks highest.
+      k: Blocks kept per slice of batch_axes, an int or a traced integer scalar.
+      block: Length of a block along each of axes, for example (4, 1) or (4, 16).
+      axes: The axes that blocks extend along. Along any other axis a block has
+        length 1.
+      batch_axes: Axes whose every position chooses its own k blocks, for example the
+        layer axis of scanned layers. They must not be in axes.
+
+    Returns:
+      Boolean mask of the shape of scores, True = kept. Ties keep the block that comes
+      first in row-major order.
+
+    Raises:
+      TypeError: If scores are not real floats or k is not an integer.
+      ValueError: If block and axes differ in length, an axis is out of range, named
+        twice or in batch_axes, a length is not a multiple of its block, or k is not
+        between 0 and the number of blocks.
+
+    >>> import jax.numpy as jnp
+    >>> import nmjax as nm
+    >>> scores = jnp.array([[1.0, 5.0, 2.0], [2.0, 1.0, 2.0]])
+    >>> nm.block_mask(scores, 2, (2, 1)).astype(int).tolist()
+    [[0, 1, 1], [0, 1, 1]]
+    """
+    scores = as_scores(scores)
+    shape = scores.shape
+    axes = as_axes(axes, shape, "axes")
+    batch = as_axes(batch_axes, shape, "batch_axes")
+    if len(block) != len(axes):
+        raise ValueError(
+            f"block={tuple(block)} has {len(block)} lengths for {len(axes)} axes {axes}"
+        )
+    if shared := sorted(set(axes) & set(batch)):
+        raise ValueError(f"axes {shared} are both in axes and in batch_axes")
+    lengths = [1] * len(shape)
+    for axis, length in zip(axes, block, strict=True):
+        if length < 1:
+            raise ValueError(f"block={tuple(block)} must have lengths of 1 or more")
+        check_multiple(shape, axis, length, "block length ")
+        lengths[axis] = length
+    grid = tuple(size // length for size, length in zip(shape, lengths, strict=True))
+    chosen_along = tuple(axis for axis in range(len(shape)) if axis not in batch)
+    blocks = math.prod(grid[axis] for axis in chosen_along)
+    k = as_count(k, blocks, "number of blocks of a slice")
+    split = tuple(np.stack([grid, lengths], axis=1).reshape(-1).tolist())
+    inner = tuple(range(1, 2 * len(shape), 2))
+    wide = jnp.promote_types(scores.dtype, jnp.float32)
+    sums = jnp.sum(scores.reshape(split).astype(wide), axis=inner)
+    mask = topk_mask(sums, k, chosen_along)
+    return jnp.broadcast_to(jnp.expand_dims(mask, inner), split).reshape(shape)
+
+
+def channel_mask(
+    scores: Shaped[ArrayLike, "..."],
+    k: Count,
+    axis: int = -1,
+    batch_axes: int | tuple[int, ...] = (),
+) -> Bool[Array, "..."]:
+    """Keep exactly k whole channels along one axis.
+
+    The score of a channel is the float32 sum of its entries.
+
+    Args:
+      scores: Real floating array. Higher is kept; a channel with a NaN ranks highest.
+      k: Channels kept per slice of batch_axes, an int or a traced integer scalar.
+      axis: The axis that numbers the channels.
+      batch_axes: Axes whose every position chooses its own k channels.
+
+    Returns:
+      Boolean mask of the shape of scores, True = kept. Ties keep the lowest channel.
+
+    Raises:
+      TypeError: If scores are not real floats or k is not an integer.
+      ValueError: If an axis is out of range or in batch_axes, or k is not between 0
+        and the number of channels.
+
+    >>> import jax.numpy as jnp
+    >>> import nmjax as nm
+    >>> scores = jnp.array([[1.0, 5.0, 2.0], [2.0, 1.0, 2.0]])
+    >>> nm.channel_mask(scores, 2).astype(int).tolist()
+    [[0, 1, 1], [0, 1, 1]]
+    """
+    scores = as_scores(scores)
+    shape = scores.shape
+    axis = as_axis(axis, shape)
+    batch = as_axes(batch_axes, shape, "batch_axes")
+    if axis in batch:
+        raise ValueError(f"axis {axis} is also in batch_axes={batch}")
+    k = as_count(k, shape[axis], "number of channels")
+    others = tuple(i for i in range(len(shape)) if i != axis and i not in batch)
+    wide = jnp.promote_types(scores.dtype, jnp.float32)
+    sums = jnp.sum(scores.astype(wide), axis=others, keepdims=True)
+    return jnp.broadcast_to(topk_mask(sums, k, axis), shape)
