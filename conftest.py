@@ -1,6 +1,8 @@
 """Settings that every test and docstring example runs under."""
 
 import jax
+import jaxtyping
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Before the first array: eight virtual devices, so that sharded code is tested on a
@@ -19,3 +21,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("nmjax")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Switch type checks off, to see the errors that users without them see."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,5 +1,70 @@
-"""Hardware-usable sparse networks in JAX."""
+"""Hardware-usable sparse networks in JAX.
+
+`plan` says which leaf of a params tree holds which pattern, `sparsify` makes the
+forward pass sparse, and stages such as `srste` train it within any optax chain.
+"""
 
 from importlib.metadata import version as _version
 
+from nmjax.budgets import Block, Channel, FanIn, Unstructured
+from nmjax.distributions import er, erk, global_, uniform
+from nmjax.masks import (
+    block_mask,
+    channel_mask,
+    fan_in_mask,
+    global_topk_mask,
+    nm_mask,
+    topk_mask,
+    transposable_nm_mask,
+    vnm_mask,
+)
+from nmjax.patterns import NM, VNM, Dense, TransposableNM
+from nmjax.planning import plan
+from nmjax.plans import LeafPlan, Plan
+from nmjax.projection import apply_masks, compute_masks, project, sparsify
+from nmjax.transforms import (
+    masks,
+    scale_by_step,
+    smooth_scales,
+    smooth_sparsify,
+    sparse_phase,
+    srste,
+)
+
 __version__ = _version("nmjax")
+
+__all__ = [
+    "NM",
+    "VNM",
+    "Block",
+    "Channel",
+    "Dense",
+    "FanIn",
+    "LeafPlan",
+    "Plan",
+    "TransposableNM",
+    "Unstructured",
+    "apply_masks",
+    "block_mask",
+    "channel_mask",
+    "compute_masks",
+    "er",
+    "erk",
+    "fan_in_mask",
+    "global_",
+    "global_topk_mask",
+    "masks",
+    "nm_mask",
+    "plan",
+    "project",
+    "scale_by_step",
+    "smooth_scales",
+    "smooth_sparsify",
+    "sparse_phase",
+    "sparsify",
+    "srste",
+    "topk_mask",
+    "transposable_nm_mask",
+    "uniform",
+    "vnm_mask",
+]

@@ -106,7 +106,10 @@ def global_topk_mask(tree: PyTree, k: Count) -> PyTree:
     full = [leaf for leaf in leaves if leaf.size]
     found = iter(())
     if full:
-        wide = jnp.result_type(jnp.float16, *(leaf.dtype for leaf in full))
+        dtypes = {leaf.dtype for leaf in full}
+        # Leaves of different dtypes compete in one that holds all of them exactly.
+        common = jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
+        wide = dtypes.pop() if len(dtypes) == 1 else common
         keys = [
             order_keys(leaf.astype(wide)).reshape(leaf.shape or (1,)) for leaf in full
         ]
