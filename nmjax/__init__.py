@@ -22,6 +22,7 @@ from nmjax.patterns import NM, VNM, Dense, TransposableNM
 from nmjax.planning import plan
 from nmjax.plans import LeafPlan, Plan
 from nmjax.projection import apply_masks, compute_masks, project, sparsify
+from nmjax.tracking import tracker
 from nmjax.transforms import (
     masks,
     scale_by_step,
@@ -64,6 +65,7 @@ __all__ = [
     "sparsify",
     "srste",
     "topk_mask",
+    "tracker",
     "transposable_nm_mask",
     "uniform",
     "vnm_mask",

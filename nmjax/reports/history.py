@@ -109,7 +109,7 @@ def by_layer(one_row: Mapping[str, Scalar]) -> list[Row]:
 
 
 def write_json(
-    history: Sequence[Mapping[str, Scalar]],
+    history: Sequence[Mapping[str, Any]],
     path: str | os.PathLike[str],
     *,
     nonfinite: Literal["warn", "raise"] = "warn",

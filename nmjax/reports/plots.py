@@ -253,8 +253,8 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     if len(steps) <= MAX_POINTS:
         return steps, values
     edges = np.arange(MAX_POINTS) * len(steps) // MAX_POINTS
-    sizes = np.diff([*edges, len(steps)])
-    return tuple(np.add.reduceat(v, edges) / sizes for v in (steps, values))
+    sizes = np.diff(edges, append=len(steps))
+    return np.add.reduceat(steps, edges) / sizes, np.add.reduceat(values, edges) / sizes
 
 
 def constant_layers(history: History, name: str) -> dict[str, float]:

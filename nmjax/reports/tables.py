@@ -203,29 +203,23 @@ def summarize(
     groups: dict[Scalar, list[Mapping[str, Scalar]]] = {}
     for i, result in enumerate(results):
         if by not in result:
-            raise ValueError(f"row {i} has no column {by!r}; it has {sorted(result)}")
+            raise ValueError(f"row {i} has no column {by!r}; it has {list(result)}")
         groups.setdefault(result[by], []).append(result)
-    skip = {by, "seed", "step"}
-    keys = [key for key in dict.fromkeys(k for r in results for k in r)]
-    table_rows: list[Row] = [{by: name, "runs": len(g)} for name, g in groups.items()]
-    for key in keys:
-        if key in skip:
+    out: list[Row] = [{by: name, "runs": len(group)} for name, group in groups.items()]
+    for key in dict.fromkeys(key for result in results for key in result):
+        columns = [
+            [r[key] for r in g if r.get(key) is not None] for g in groups.values()
+        ]
+        if key in (by, "seed", "step") or not all(map(_is_number, sum(columns, []))):
             continue
-        values = {
-            name: [r[key] for r in group if r.get(key) is not None]
-            for name, group in groups.items()
-        }
-        if not all(_is_number(v) for column in values.values() for v in column):
-            continue
-        means = {n: float(np.mean(v)) for n, v in values.items() if v}
-        spec = _number_format([*means.values()], digits)
-        for out, (name, column) in zip(table_rows, values.items(), strict=True):
-            out[key] = None
-            if column:
-                out[key] = format(means[name], spec)
-            if len(column) > 1:
-                out[key] += f" ± {format(float(np.std(column, ddof=1)), spec)}"
-    return table_rows
+        samples = [np.array(column, dtype=float) for column in columns]
+        means = [float(sample.mean()) if sample.size else None for sample in samples]
+        spec = _number_format([mean for mean in means if mean is not None], digits)
+        for line, sample, mean in zip(out, samples, means, strict=True):
+            line[key] = None if mean is None else format(mean, spec)
+            if sample.size > 1:
+                line[key] = f"{line[key]} ± {format(float(sample.std(ddof=1)), spec)}"
+    return out
 
 
 def _is_number(value: Any) -> bool:

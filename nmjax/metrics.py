@@ -1,0 +1,328 @@
+"""Metrics: how sparse the masks are, how fast they change and what they keep.
+
+`density`, `sad`, `flip_rate` and `kept_magnitude` take arrays or trees and give one
+scalar; `per_leaf` gives one for each leaf. `nm.tracker` measures all of them at every
+step of a training.
+
+Kept weights and flips are counted in integers, exactly for any number of weights,
+and become float32 only in the last division. Trees of masks hold bool arrays,
+True = kept, and `optax.MaskedNode()` at leaves that stay dense; those do not count.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from nmjax.paths import is_masked, named_leaves
+from nmjax.typing import Masks, Params
+
+INT32_MAX = 2**31 - 1
+"""The largest count that `sad` can give."""
+
+_LIMB = 8
+
+
+def density(masks: Masks) -> Float[Array, ""]:
+    r"""Give the kept fraction of a mask, or of all masks of a tree together.
+
+    .. math:: d = \frac{1}{n} \sum_i e_i
+
+    Args:
+      masks: a bool array or a tree of them.
+
+    Returns:
+      float32 scalar in [0, 1].
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: there is no mask, or none with an entry.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import metrics
+      >>> float(metrics.density(jnp.array([True, False, False, False])))
+      0.25
+    """
+    leaves = _align(masks=masks)
+    for path, (mask,) in leaves.items():
+        _check_bool(path, mask)
+    size = sum(mask.size for (mask,) in leaves.values())
+    return _divide([_count(mask) for (mask,) in leaves.values()], size)
+
+
+def density_all(params: Params, masks: Masks) -> Float[Array, ""]:
+    r"""Give the kept fraction of all params, where dense leaves keep everything.
+
+    .. math:: d = 1 - \frac{1}{n_\mathrm{all}} \sum_i (1 - e_i)
+
+    Args:
+      params: the tree; every leaf counts, biases and norm scales too.
+      masks: bool arrays, or `optax.MaskedNode()` for dense leaves.
+
+    Returns:
+      float32 scalar in [0, 1].
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: a mask fits no leaf; or there is no mask.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nmjax as nm
+      >>> from nmjax import metrics
+      >>> params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(32)}
+      >>> masks = nm.compute_masks(params, nm.plan(params, nm.NM(2, 4)))
+      >>> float(metrics.density(masks)), float(metrics.density_all(params, masks))
+      (0.5, 0.75)
+    """
+    _align_params(params, masks)
+    size = _total_size(masks) / _total_size(params)
+    return 1.0 - (1.0 - density(masks)) * size
+
+
+def sad(old: Masks, new: Masks) -> Int[Array, ""]:
+    r"""Count the mask entries that changed: the sparse architecture divergence.
+
+    .. math:: \mathrm{SAD} = \lVert E_\mathrm{new} - E_\mathrm{old} \rVert_1
+
+    As published: not normalised, and a weight that leaves plus one that comes count
+    as two. `flip_rate` is the same divided by the size.
+
+    Args:
+      old: masks before; a bool array or a tree of them.
+      new: masks after, of the same paths and shapes.
+
+    Returns:
+      int32 scalar, exact.
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: the masks differ in paths or shapes; or they have more than
+        2**31 - 1 entries, which int32 cannot count.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import metrics
+      >>> old, new = jnp.array([True, False]), jnp.array([False, True])
+      >>> int(metrics.sad(old, new)), float(metrics.flip_rate(old, new))
+      (2, 1.0)
+
+    Reference:
+      Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From
+      Scratch", 2021, arXiv 2102.04010, section 4.3.
+    """
+    leaves = _align_masks(old, new)
+    size = sum(mask.size for _, mask in leaves.values())
+    if size > INT32_MAX:
+        raise ValueError(
+            f"the masks have {size} entries; an int32 counts to {INT32_MAX}. Use "
+            "flip_rate, which is exact at any size, or per_leaf(sad, old, new)"
+        )
+    return _as_int([_count(before != after) for before, after in leaves.values()])
+
+
+def flip_rate(old: Masks, new: Masks) -> Float[Array, ""]:
+    r"""Give the fraction of mask entries that changed: SAD divided by the size.
+
+    .. math:: r = \frac{1}{n} \lVert E_\mathrm{new} - E_\mathrm{old} \rVert_1
+
+    Between consecutive steps it shows the health of a sparse training; compare with
+    the flip rate that dense training has for the masks of its weights.
+
+    Args:
+      old: masks before; a bool array or a tree of them.
+      new: masks after, of the same paths and shapes.
+
+    Returns:
+      float32 scalar in [0, 1].
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: the masks differ in paths or shapes, or have no entry.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import metrics
+      >>> old = jnp.array([True, True, False, False])
+      >>> float(metrics.flip_rate(old, jnp.array([True, False, True, False])))
+      0.5
+
+    Reference:
+      Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", 2024,
+      arXiv 2404.01847, section 4.1.
+    """
+    leaves = _align_masks(old, new)
+    size = sum(mask.size for _, mask in leaves.values())
+    return _divide([_count(before != after) for before, after in leaves.values()], size)
+
+
+def kept_magnitude(params: Params, masks: Masks) -> Float[Array, ""]:
+    r"""Give the part of the weights' magnitude that the masks keep.
+
+    .. math:: \frac{\sum_i e_i |w_i|}{\sum_i |w_i|}
+
+    Weights that are all zero lose nothing: the result is 1. A weight that is NaN or
+    infinite makes it NaN. Sums are accumulated in float32, or in float64 for float64
+    weights.
+
+    Args:
+      params: a floating point array, or a tree; leaves without a mask do not count.
+      masks: bool array, or a tree of them with the paths of `params`.
+
+    Returns:
+      float32 scalar in [0, 1].
+
+    Raises:
+      TypeError: a mask is not bool, or a weight with a mask is not floating point.
+      ValueError: masks and params differ in paths or shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import metrics
+      >>> weights, mask = jnp.array([3.0, -1.0]), jnp.array([True, False])
+      >>> float(metrics.kept_magnitude(weights, mask))
+      0.75
+    """
+    leaves = _align_params(params, masks)
+    return _ratio([_magnitudes(path, *leaf) for path, leaf in leaves.items()])
+
+
+def per_leaf(metric: Callable[..., Array], *trees: PyTree) -> dict[str, Array]:
+    """Apply a metric to every leaf by itself.
+
+    Args:
+      metric: a function of this module, or another one of arrays.
+      *trees: what the metric takes, for example ``old, new`` or ``params, masks``.
+        The arrays of the last tree decide which leaves count.
+
+    Returns:
+      Path name, as in the plan, -> the metric of that leaf.
+
+    Raises:
+      ValueError: another tree lacks a leaf of the last, or has another shape there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nmjax as nm
+      >>> from nmjax import metrics
+      >>> params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}
+      >>> masks = nm.compute_masks(params, nm.plan(params, nm.NM(1, 4)))
+      >>> float(metrics.per_leaf(metrics.density, masks)["kernel"])
+      0.25
+    """
+    named = {f"tree {i}": tree for i, tree in enumerate(trees)}
+    return {path: metric(*leaf) for path, leaf in _align(**named).items()}
+
+
+def _align(**trees: PyTree) -> dict[str, tuple[Any, ...]]:
+    """Give path -> leaves of all trees, for the array leaves of the last tree."""
+    named = {
+        name: {
+            path: leaf for path, leaf in named_leaves(tree)[0] if not is_masked(leaf)
+        }
+        for name, tree in trees.items()
+    }
+    *others, last = named
+    if not named[last]:
+        raise ValueError(f"{last} has no array: every leaf is optax.MaskedNode()")
+    for path, leaf in named[last].items():
+        for name in others:
+            if path not in named[name]:
+                raise ValueError(f"{_leaf(path)} is in {last} but not in {name}")
+            if jnp.shape(named[name][path]) != jnp.shape(leaf):
+                raise ValueError(
+                    f"{_leaf(path)} has shape {jnp.shape(named[name][path])} in {name} "
+                    f"but {jnp.shape(leaf)} in {last}"
+                )
+    return {path: tuple(named[name][path] for name in named) for path in named[last]}
+
+
+def _align_masks(old: Masks, new: Masks) -> dict[str, tuple[Array, Array]]:
+    """Pair masks by path; neither tree may have one more."""
+    _align(new=new, old=old)
+    leaves = _align(old=old, new=new)
+    for path, masks in leaves.items():
+        for mask in masks:
+            _check_bool(path, mask)
+    return leaves  # type: ignore[return-value]
+
+
+def _align_params(params: Params, masks: Masks) -> dict[str, tuple[Array, Array]]:
+    """Pair every mask with its weights."""
+    leaves = _align(params=params, masks=masks)
+    for path, (_, mask) in leaves.items():
+        _check_bool(path, mask)
+    return leaves  # type: ignore[return-value]
+
+
+def _check_bool(path: str, mask: Any) -> None:
+    if jnp.result_type(mask) != jnp.bool_:
+        raise TypeError(
+            f"mask of {_leaf(path)} has dtype {jnp.result_type(mask)}, must be bool"
+        )
+
+
+def _leaf(path: str) -> str:
+    """Name a leaf in a message; an array that is the whole tree has no path."""
+    return f"leaf {path!r}" if path else "the array"
+
+
+def _count(mask: Array) -> Int[Array, "..."]:
+    """Count True entries: an int32 array whose sum is the count.
+
+    Leading axes are kept where a sum over them could pass 2**31 - 1.
+    """
+    keep = 0
+    while math.prod(mask.shape[keep:]) > INT32_MAX:
+        keep += 1
+    return jnp.sum(mask, axis=tuple(range(keep, mask.ndim)), dtype=jnp.int32)
+
+
+def _as_int(parts: Sequence[Array]) -> Int[Array, ""]:
+    """Add counts whose sum is known to fit an int32."""
+    return functools.reduce(jnp.add, [jnp.sum(p, dtype=jnp.int32) for p in parts])
+
+
+def _divide(parts: Sequence[Array], size: int) -> Float[Array, ""]:
+    """Divide the sum of counts by a size.
+
+    The sum is exact: it is held as high * 2**8 + low, with room for 2**39 entries.
+    """
+    if size == 0:
+        raise ValueError(
+            "the masks have no entries; a fraction of nothing is undefined"
+        )
+    if size > 2 ** (31 + _LIMB) or sum(part.size for part in parts) > 2 ** (31 - _LIMB):
+        raise ValueError(f"masks with {size} entries are too large to be counted")
+    low = _as_int([part & (2**_LIMB - 1) for part in parts])
+    high = _as_int([part >> _LIMB for part in parts]) + (low >> _LIMB)
+    low = (low & (2**_LIMB - 1)).astype(jnp.float32)
+    return (high.astype(jnp.float32) * 2.0**_LIMB + low) / size
+
+
+def _total_size(params: Params) -> int:
+    """Count the entries of all leaves."""
+    return sum(leaf.size for _, leaf in named_leaves(params)[0] if not is_masked(leaf))
+
+
+def _magnitudes(path: str, weights: Any, mask: Any) -> tuple[Array, Array]:
+    """Sum the magnitude of the kept and of all weights."""
+    dtype = jnp.result_type(weights)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{_leaf(path)} has dtype {dtype}, must be floating point")
+    wide = jnp.promote_types(dtype, jnp.float32)
+    size = jnp.abs(weights).astype(wide)
+    kept = jnp.where(mask, size, jnp.zeros((), wide))
+    return jnp.sum(kept).astype(jnp.float32), jnp.sum(size).astype(jnp.float32)
+
+
+def _ratio(sums: Sequence[tuple[Array, Array]]) -> Float[Array, ""]:
+    """Divide the kept magnitude by all of it; 1 where there is none."""
+    kept, total = (
+        functools.reduce(jnp.add, column) for column in zip(*sums, strict=True)
+    )
+    return jnp.where(total == 0, 1.0, kept / jnp.where(total == 0, 1.0, total))
