@@ -97,7 +97,7 @@ def compute_masks(params: Params, plan: Plan, scores: PyTree | None = None) -> M
 def apply_masks(params: Params, masks: Masks) -> Params:
     r"""Set every weight that a mask drops to exactly zero.
 
-    .. math:: 	ilde w_i = w_i 	ext{ if } e_i 	ext{ else } 0
+    .. math:: \tilde w_i = w_i \text{ if } e_i \text{ else } 0
 
     A selection, not a product, so that an inf or NaN that is dropped leaves no trace.
 
@@ -157,8 +157,8 @@ def sparsify(
 ) -> Params:
     r"""Make params sparse in the forward pass, with straight-through gradients.
 
-    .. math:: 	ilde W = E \odot W, \qquad
-       rac{\partial L}{\partial W} := rac{\partial L}{\partial 	ilde W}
+    .. math:: \tilde W = E \odot W, \qquad
+       rac{\partial L}{\partial W} := \frac{\partial L}{\partial \tilde W}
 
     The gradient reaches every weight, dropped ones too, so that they can return.
 
