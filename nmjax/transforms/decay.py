@@ -361,6 +361,7 @@ def _add_pull(
 
     if settings.has_phases:
         assert isinstance(state, SRSTEState)
+        assert not isinstance(state.sparse, optax.MaskedNode)
         dense = jnp.logical_not(state.sparse)
         kept = jax.tree.map(lambda mask: mask | dense, kept)
 
