@@ -37,9 +37,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
+import nmjax as nm
+from nmjax import reports
+
 History = dict[str, list[float]]
 Step = Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]]
 
+PANELS = ("loss", "flip_rate", "density")  # what the plots show
 LINE_SECONDS = 20.0  # how often a line is printed when the output is no terminal
 
 
@@ -153,7 +157,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, history: History) -> None:
         """Start saving; returns once the state is copied, before it is on disk."""
         # The next step donates these buffers while orbax is still writing them.
-        state = jax.tree.map(jnp.copy, state)
+        state = _copy(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -182,6 +186,11 @@ class Checkpoints:
             ),
         )
         return step, found["state"], found["history"]
+
+
+@jax.jit
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def save_model(directory: pathlib.Path, variables: Any) -> None:
@@ -374,6 +383,16 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def nonzero_fraction(params: Any, plan: nm.Plan) -> float:
+    """Return the fraction of nonzero weights, of the leaves that the plan prunes."""
+    leaves = [
+        np.asarray(leaf)
+        for leaf, planned in zip(jax.tree.leaves(params), plan.leaves, strict=True)
+        if planned.is_sparse
+    ]
+    return sum(np.count_nonzero(x) for x in leaves) / sum(x.size for x in leaves)
+
+
 def write_results(
     out: pathlib.Path, rows: Sequence[Mapping[str, Any]], **facts: Any
 ) -> None:
@@ -390,35 +409,25 @@ def write_results(
 
 
 def save_plot(path: pathlib.Path, histories: Mapping[str, History]) -> None:
-    """Save loss, flip rate and density per layer of several runs as one PNG.
+    """Save the curves of all runs: one picture of all, and one of each.
+
+    The picture of all, ``path``, shows loss, flip rate and density of the methods side
+    by side, seeds averaged. That of one run, ``<run>.png`` beside it, shows the layers.
 
     Args:
       path: File to write.
-      histories: Label -> history of `train`. ``flip_rate`` and ``density/<leaf>`` are
-        drawn where a run has them; the densities are those of the last window.
+      histories: ``"<method> seed <seed>"`` -> history of `train`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    runs: dict[str, list[list[reports.Row]]] = {}
     for label, history in histories.items():
-        axes[0].plot(history["step"], history["loss"], label=label)
-        if "flip_rate" in history:
-            axes[1].plot(history["step"], history["flip_rate"], label=label)
-        layers = [name for name in history if name.startswith("density/")]
-        heights = [history[name][-1] for name in layers]
-        axes[2].plot(range(len(layers)), heights, "o-", ms=3, label=label)
-    for axis, title, xlabel in zip(
-        axes,
-        ("training loss", "flip rate of the mask", "density per layer"),
-        ("step", "step", "layer"),
-        strict=True,
-    ):
-        axis.set(title=title, xlabel=xlabel)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        names, columns = history.keys(), history.values()
+        rows = [
+            dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)
+        ]
+        runs.setdefault(label.split(" seed ")[0], []).append(rows)
+        name = label.replace(" ", "-") + path.suffix
+        panels = [panel for panel in PANELS if any(n.startswith(panel) for n in names)]
+        reports.plot_history(rows, path.with_name(name), panels=panels, title=label)
+    present = {name for history in histories.values() for name in history}
+    panels = [panel for panel in PANELS if panel in present]
+    reports.plot_comparison(runs, path, panels=panels)
