@@ -47,6 +47,7 @@ clean:
 
 # A stamp file says that an extra is installed as pyproject.toml asks.
 $(VENV)/.has-%: pyproject.toml $(VENV)/.interpreter
+	@echo "installing nmjax[$*] in $(VENV); the first time this takes minutes"
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
