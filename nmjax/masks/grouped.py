@@ -1,12 +1,9 @@
 """N:M masks: n kept entries in every group of m neighbours, without a sort."""
 
-from functools import reduce
-
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Integer, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from nmjax.masks.ordering import (
     as_axis,
@@ -16,10 +13,9 @@ from nmjax.masks.ordering import (
     order_keys,
     split_axis,
 )
+from nmjax.masks.ranking import keep_highest
 
 __all__ = ["nm_mask", "vnm_mask"]
-
-LARGEST_CODE = 8  # groups up to this size are coded as the bits of one integer
 
 
 def nm_mask(
@@ -124,85 +120,7 @@ def vnm_mask(
     sums = jnp.sum(blocks.astype(wide), axis=vector_axis + 1, keepdims=True)
     chosen = keep_highest(order_keys(sums), 4, m, moved)
     keys = order_keys(blocks)
-    # Below every score, and still one above the lowest integer: see _accumulate_rank.
+    # Below every score, and still one above the lowest integer: see keep_highest.
     lowest = jnp.asarray(jnp.iinfo(keys.dtype).min + 1, keys.dtype)
     keys = jnp.where(chosen, keys, lowest)
     return keep_highest(keys, n, m, moved).reshape(scores.shape)
-
-
-def keep_highest(
-    keys: Integer[Array, "..."], n: int, m: int, axis: int
-) -> Bool[Array, "..."]:
-    """Mark the n highest keys of every m along a checked, non-negative axis.
-
-    Small groups are ranked lane by lane into one bit code per group, which a second
-    pass expands: the fastest form, but its size grows with m * m. Larger groups
-    compare every entry with each of the m lanes in turn, which stays small.
-    """
-    if n == m:
-        return jnp.ones_like(keys, dtype=bool)
-    if m <= LARGEST_CODE:
-        return _expand_code(_group_code(keys, n, m, axis), keys.shape, m, axis)
-    return _accumulate_rank(keys, m, axis) < n
-
-
-def stop_fusion(
-    values: Integer[Array, "..."], lane: Integer[Array, "..."]
-) -> Integer[Array, "..."]:
-    """Return values, behind an operation that XLA will not compute twice.
-
-    XLA:CPU fuses a value per group into its consumer and then computes it again for
-    every entry of the group (3 to 8 times slower along the last axis), and
-    `lax.optimization_barrier` does not keep it from doing so. It never repeats an
-    integer division, since that is expensive. The divisor here is 1, which XLA's
-    graph passes cannot see and its code generator can, so the division costs nothing.
-
-    Args:
-      values: Integers computed once per group.
-      lane: Integers of the same shape that depend on the same data, entry by entry.
-        A value taken from one place of the array would need a collective when the
-        array is sharded; the group's own lane does not.
-    """
-    one = 1 + lax.shift_right_logical(
-        lane.astype(jnp.int32) & jnp.int32(0x7FFFFFFF), jnp.int32(31)
-    )
-    return lax.div(values, one.astype(values.dtype))
-
-
-def _group_code(keys: Array, n: int, m: int, axis: int) -> Array:
-    """Code the kept entries of every group as the bits of one integer."""
-    groups = split_axis(keys, axis, m)
-    lanes = [lax.index_in_dim(groups, i, axis + 1, keepdims=False) for i in range(m)]
-    ahead = {}
-    for i in range(m):
-        for j in range(i):
-            ahead[j, i] = (lanes[j] >= lanes[i]).astype(keys.dtype)  # ties: lower index
-            ahead[i, j] = 1 - ahead[j, i]
-    bits = []
-    for i in range(m):
-        rank = sum(ahead[j, i] for j in range(m) if j != i)
-        bits.append((rank < n).astype(jnp.int16) << i)
-    return stop_fusion(reduce(jnp.bitwise_or, bits), lanes[0])
-
-
-def _expand_code(code: Array, shape: tuple[int, ...], m: int, axis: int) -> Array:
-    """Spread the bits of every group's code over its m entries."""
-    split = shape[:axis] + (shape[axis] // m, m) + shape[axis + 1 :]
-    position = lax.broadcasted_iota(code.dtype, split, axis + 1)
-    bits = jnp.expand_dims(code, axis + 1) >> position
-    return (bits & 1).astype(bool).reshape(shape)
-
-
-def _accumulate_rank(keys: Array, m: int, axis: int) -> Array:
-    """Count the entries of the own group that are ahead of every entry."""
-    index = lax.broadcasted_iota(jnp.int32, keys.shape, axis)
-    position = split_axis(lax.rem(index, jnp.int32(m)), axis, m)
-    groups = split_axis(keys, axis, m)
-    rank = jnp.zeros(groups.shape, keys.dtype)
-    for j in range(m):
-        lane = lax.slice_in_dim(groups, j, j + 1, axis=axis + 1)
-        # lane >= own key for entries after j (a tie keeps j), lane > own key before it.
-        # No key is the lowest integer, so the difference does not wrap around.
-        later = (position > j).astype(keys.dtype)
-        rank = rank + lax.gt(lane, groups - later).astype(keys.dtype)
-    return rank.reshape(keys.shape)

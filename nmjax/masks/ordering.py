@@ -25,7 +25,7 @@ def order_keys(scores: Shaped[ArrayLike, "..."]) -> Integer[Array, "..."]:
 
     With the bit pattern split into a sign and a magnitude ``mag``, the key is
 
-    .. math:: \text{key} = \begin{cases} 2^{b-1} - 1 & \text{NaN} \\
+    .. math:: \text{key} = \begin{cases} \text{mag}(\infty) + 1 & \text{NaN} \\
         \pm \text{mag} & \text{otherwise} \end{cases}
 
     Args:
@@ -47,17 +47,15 @@ def order_keys(scores: Shaped[ArrayLike, "..."]) -> Integer[Array, "..."]:
     scores = as_scores(scores)
     if scores.dtype.itemsize == 1:
         scores = scores.astype(jnp.float16)
-    dtype = scores.dtype
-    integer = _INTEGERS[dtype.itemsize]
-    top = jnp.iinfo(integer).max
-    infinity = int(np.asarray(np.inf, dtype).view(integer))
+    integer = _INTEGERS[scores.dtype.itemsize]
+    top = jnp.asarray(jnp.iinfo(integer).max, integer)
+    infinity, below = np.asarray([np.inf, -np.inf], scores.dtype).view(integer)
     bits = lax.bitcast_convert_type(scores, integer)
-    magnitude = bits & jnp.asarray(top, integer)
-    sign = bits >> jnp.asarray(8 * dtype.itemsize - 1, integer)  # 0 or -1
-    signed = (magnitude ^ sign) - sign
-    return jnp.where(
-        magnitude > jnp.asarray(infinity, integer), jnp.asarray(top, integer), signed
-    )
+    magnitude = bits & top
+    positive = jnp.minimum(magnitude, infinity + 1)  # every NaN is infinity + 1
+    # Read as a signed integer, -inf has the highest pattern of all negative floats;
+    # those above it are NaNs with a sign.
+    return jnp.where(bits <= below, -magnitude, positive)
 
 
 def as_scores(scores: Shaped[ArrayLike, "..."]) -> Array:

@@ -7,8 +7,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Shaped
 
-from nmjax.masks.grouped import stop_fusion
 from nmjax.masks.ordering import as_axes, as_scores, check_multiple, check_n_of_m
+from nmjax.masks.ranking import stop_fusion
 
 __all__ = ["transposable_nm_mask"]
 
