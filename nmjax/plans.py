@@ -242,11 +242,7 @@ def check_plan(plan: Plan, pairs: list[tuple[str, Any]]) -> None:
     present = {path for path, _ in pairs}
     masked = [path for path, leaf in pairs if is_masked(leaf)]
     for planned in plan.leaves:
-        # A masked subtree stands for all leaves below it.
-        covered = planned.path in present or any(
-            path == "" or planned.path.startswith(path + "/") for path in masked
-        )
-        if not covered:
+        if planned.path not in present and not _is_below(planned.path, masked):
             raise ValueError(
                 f"the plan knows a leaf {planned.path!r} that these params do not "
                 "have; the plan was made for other params"
@@ -261,22 +257,30 @@ def matching_leaves(pairs: list[tuple[str, Any]], tree: PyTree) -> list[Any]:
       tree: a tree with the same paths.
 
     Returns:
-      Its leaves; `optax.MaskedNode()` where a masked leaf of `pairs` has none.
+      Its leaves; `optax.MaskedNode()` below a masked node of it, and where a masked
+      leaf of `pairs` has none.
 
     Raises:
       ValueError: a leaf has no counterpart in the other tree.
     """
     found = dict(named_leaves(tree)[0])
     paths = {path for path, _ in pairs}
+    masked = [path for path, leaf in found.items() if is_masked(leaf)]
     for path, leaf in found.items():
         if path not in paths and not is_masked(leaf):
             raise ValueError(f"leaf {path!r} has no counterpart in the params")
     leaves = []
     for path, leaf in pairs:
-        if path not in found and not is_masked(leaf):
+        known = path in found or is_masked(leaf) or _is_below(path, masked)
+        if not known:
             raise ValueError(f"leaf {path!r} of the params is missing in a given tree")
         leaves.append(found.get(path, optax.MaskedNode()))
     return leaves
+
+
+def _is_below(path: str, masked: list[str]) -> bool:
+    """Tell whether a masked node stands for a subtree with this leaf."""
+    return any(above == "" or path.startswith(above + "/") for above in masked)
 
 
 def _prefix_hint(plan: Plan, path: str) -> str:

@@ -386,6 +386,7 @@ def _hybrid(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         params = check_params(params, "nm.srste")
+        check_fit(settings.plan, params)
         count = jnp.asarray(optax.safe_increment(state.adam.count))
         mu = moment(updates, state.adam.mu, b1, 1)
         mean = unbias(mu, b1, count)
