@@ -201,19 +201,30 @@ class Trainer:
     def __init__(self, text: Text, options: argparse.Namespace):
         """Make the plan."""
         self.text, self.options = text, options
-        self.graph, params = self.initialise(0)
+        self.graph, params = nnx.split(nnx.eval_shape(self.model, 0), nnx.Param)
         self.plan = nm.plan(params, nm.NM(2, 4), skip="head")
         self.step = functools.cache(self.make_step)
 
-    def initialise(self, seed: int) -> tuple[nnx.GraphDef, Any]:
-        """Return a fresh model as its graph and its parameters."""
+    def model(self, seed: int | jax.Array) -> CharLM:
+        """Return a fresh model."""
         names = ("width", "heads", "layers", "context")
-        model = CharLM(
+        return CharLM(
             len(self.text.characters),
             **{name: getattr(self.options, name) for name in names},
-            rngs=nnx.Rngs(seed),
+            rngs=nnx.Rngs(common.key_for(seed, 0)),
         )
-        return nnx.split(model, nnx.Param)
+
+    def initialise(self, method: str, seed: int) -> Any:
+        """Return the state before the first step: parameters and all."""
+        tx = make_optimizer(method, self.plan, self.options)
+
+        @jax.jit
+        def start(seed: jax.Array) -> Any:
+            _, params = nnx.split(self.model(seed), nnx.Param)
+            tracked = nm.tracker(self.plan).init(params)
+            return {"params": params, "opt": tx.init(params), "tracker": tracked}
+
+        return start(jnp.uint32(seed))
 
     def make_step(self, method: str) -> common.Step:
         """Return the training step of a method."""
@@ -223,15 +234,9 @@ class Trainer:
     def __call__(self, method: str, seed: int) -> methods.Trained:
         """Train one model, or finish training it."""
         options = self.options
-        _, params = self.initialise(seed)
-        state = {
-            "params": params,
-            "opt": make_optimizer(method, self.plan, options).init(params),
-            "tracker": nm.tracker(self.plan).init(params),
-        }
         state, history = common.train(
             self.step(method),
-            state,
+            self.initialise(method, seed),
             lambda step: windows_at(
                 self.text.train, seed, step, options.batch, options.context
             ),
@@ -318,12 +323,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     methods.add_options(parser)
     add = parser.add_argument
-    add("--steps", type=int, default=1200)
+    add("--steps", type=int, default=2000)
     add("--width", type=int, default=128)
     add("--heads", type=int, default=4)
     add("--layers", type=int, default=3)
     add("--context", type=int, default=64, help="characters the model sees")
-    add("--batch", type=int, default=32, help="windows per step")
+    add("--batch", type=int, default=16, help="windows per step")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--weight-decay", type=float, default=0.01)
     options = parser.parse_args(arguments)

@@ -6,10 +6,12 @@ gradients. ``srste`` is the same with SR-STE's decay of pruned weights.
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import common
+import jax
 
 import nmjax as nm
 
@@ -65,6 +67,7 @@ def run_config(
     return {"method": method, "seed": seed, "data": data, **chosen}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def used_params(method: str, params: Any, plan: nm.Plan) -> Any:
     """Return the weights that a model of this method computes with."""
     return params if method == "dense" else nm.sparsify(params, plan)

@@ -338,16 +338,28 @@ class Trainer:
             task.vocabulary.get_vocab_size(),
             **{name: getattr(options, name) for name in names},
         )
-        shapes = jax.eval_shape(self.initialise, 0)
-        self.plan = nm.plan(shapes, nm.NM(2, 4))
+        params = jax.eval_shape(self.init_params, jnp.uint32(0))
+        self.plan = nm.plan(params, nm.NM(2, 4))
         per_epoch = Batches(task.train, options.tokens, seed=0).per_epoch
         self.steps = options.epochs * per_epoch
         self.step = functools.cache(self.make_step)
 
-    def initialise(self, seed: int) -> Any:
+    def init_params(self, seed: jax.Array) -> Any:
         """Return fresh parameters."""
         blank = jnp.ones((1, GRID), jnp.int32)
         return self.model.init(common.key_for(seed, 0), blank, blank)["params"]
+
+    def initialise(self, method: str, seed: int) -> Any:
+        """Return the state before the first step: parameters and all."""
+        tx = self.optimizer(method)
+
+        @jax.jit
+        def start(seed: jax.Array) -> Any:
+            params = self.init_params(seed)
+            tracked = nm.tracker(self.plan).init(params)
+            return {"params": params, "opt": tx.init(params), "tracker": tracked}
+
+        return start(jnp.uint32(seed))
 
     def optimizer(self, method: str) -> optax.GradientTransformation:
         """Return the optimizer of a method."""
@@ -361,16 +373,10 @@ class Trainer:
     def __call__(self, method: str, seed: int) -> methods.Trained:
         """Train one model, or finish training it."""
         options = self.options
-        params = self.initialise(seed)
-        state = {
-            "params": params,
-            "opt": self.optimizer(method).init(params),
-            "tracker": nm.tracker(self.plan).init(params),
-        }
         batches = Batches(self.task.train, options.tokens, seed)
         state, history = common.train(
             self.step(method),
-            state,
+            self.initialise(method, seed),
             lambda step: (*batches(step), common.key_for(seed, 1, step)),
             steps=self.steps,
             run_dir=options.out / f"{method}-seed{seed}",
@@ -419,7 +425,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.smoke:
         small = {"vocabulary": 100, "width": 16, "heads": 2, "layers": 1, "epochs": 2}
-        vars(options).update(small, tokens=320, log_every=2, save_every=4)
+        vars(options).update(small, longest=16, tokens=320, log_every=2, save_every=4)
     return options
 
 
