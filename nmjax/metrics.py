@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -23,6 +24,7 @@ from nmjax.typing import Masks, Params
 INT32_MAX = 2**31 - 1
 """The largest count that `sad` can give."""
 
+# Counts are added in limbs of this many bits.
 _LIMB = 8
 
 
@@ -271,15 +273,41 @@ def _leaf(path: str) -> str:
     return f"leaf {path!r}" if path else "the array"
 
 
-def _count(mask: Array) -> Int[Array, "..."]:
+def _count(mask: Any) -> Int[Array, "..."]:
     """Count True entries: an int32 array whose sum is the count.
 
     Leading axes are kept where a sum over them could pass 2**31 - 1.
     """
-    keep = 0
+    mask, keep = jnp.asarray(mask), 0
     while math.prod(mask.shape[keep:]) > INT32_MAX:
         keep += 1
-    return jnp.sum(mask, axis=tuple(range(keep, mask.ndim)), dtype=jnp.int32)
+    axes = tuple(range(keep, mask.ndim))
+    return jnp.sum(_add_bytes(mask), axis=axes, dtype=jnp.int32)
+
+
+def _add_bytes(mask: Array) -> Array:
+    """Add 16 entries at a time as bytes, where an axis can be split.
+
+    XLA on CPUs writes a mask out as int32 before it adds it up; with bytes it does
+    not, and the count is many times as fast.
+    """
+    # The highest power of two splits best where the axis is sharded, too.
+    for axis in sorted(
+        range(mask.ndim), key=lambda i: -(mask.shape[i] & -mask.shape[i])
+    ):
+        length = mask.shape[axis]
+        if length % (16 * _shards(mask, axis)) == 0:
+            shape = (*mask.shape[:axis], length // 16, 16, *mask.shape[axis + 1 :])
+            return jnp.sum(mask.reshape(shape), axis=axis + 1, dtype=jnp.uint8)
+    return mask
+
+
+def _shards(array: Array, axis: int) -> int:
+    """Count the shards along an axis of an array on an Explicit mesh; else 1."""
+    sharding = jax.typeof(array).sharding
+    names = sharding.spec[axis]
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _as_int(parts: Sequence[Array]) -> Int[Array, ""]:
@@ -301,7 +329,7 @@ def _divide(parts: Sequence[Array], size: int) -> Float[Array, ""]:
     low = _as_int([part & (2**_LIMB - 1) for part in parts])
     high = _as_int([part >> _LIMB for part in parts]) + (low >> _LIMB)
     low = (low & (2**_LIMB - 1)).astype(jnp.float32)
-    return (high.astype(jnp.float32) * 2.0**_LIMB + low) / size
+    return (high.astype(jnp.float32) * 2.0**_LIMB + low) / float(size)
 
 
 def _total_size(params: Params) -> int:
