@@ -4,7 +4,9 @@
 forward pass sparse, and stages such as `srste` train it within any optax chain.
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
 from nmjax.budgets import Block, Channel, FanIn, Unstructured
 from nmjax.distributions import er, erk, global_, uniform
@@ -70,3 +72,10 @@ __all__ = [
     "uniform",
     "vnm_mask",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """Import `nmjax.nnx` when it is first used, so that flax is not needed before."""
+    if name == "nnx":
+        return _import_module("nmjax.nnx")
+    raise AttributeError(f"module 'nmjax' has no attribute {name!r}")

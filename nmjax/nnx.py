@@ -2,16 +2,23 @@
 
 `attach` puts a hook on the planned parameters: whenever the model reads one, it gets
 the sparse weights, with a straight-through gradient. What is stored stays dense, and
-`nnx.state`, `nnx.split`, `nnx.Optimizer` and checkpoints see what is stored.
+`nnx.state`, `nnx.split`, `nnx.as_pure`, `nnx.Optimizer` and checkpoints of `nnx.state`
+see what is stored.
 
 The functional route, `nm.sparsify` on the state that `nnx.split` gives, computes the
 same to the bit; use it where masks come from the optimizer state or the model is
 dense for a while (`nm.masks`, `nm.sparse_phase`).
 
-Mind three things. Every read computes the mask again: XLA merges the reads of one jit,
-but a model called eagerly pays for each. A read of a part (``kernel[0]``) has no mask
-and is an error, except for one layer of a stacked parameter. And ``param[...] = f(
-param[...])`` would store sparse weights: assign from ``param.get_raw_value()``.
+Mind four things.
+
+- Every read computes the mask again: XLA merges the reads of one jit, but a model
+  called eagerly pays for each.
+- A read of a part (``kernel[0]``) has no mask and is an error, except for one layer of
+  a stacked parameter.
+- ``param[...] = f(param[...])`` would store sparse weights: assign from
+  ``param.get_raw_value()``.
+- `nnx.to_pure_dict` and printing read, so they show sparse weights: save
+  ``nnx.state(model)``, or detach first.
 """
 
 import dataclasses
