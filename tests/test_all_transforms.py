@@ -24,7 +24,7 @@ from nmjax.paths import is_masked
 
 RATE = 0.1
 STEPS = 4
-PLANNED = {"hidden.*kernel": nm.NM(2, 4)}
+PLANNED: Any = {"hidden.*kernel": nm.NM(2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
       forward: the params that the model computes with.
     """
 
-    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    factory: Callable[..., Any]
     hyperparameters: dict[str, Any]
     other: dict[str, Any] = dataclasses.field(default_factory=dict)
     build: Callable[[Any], Any] = lambda stage: optax.chain(
@@ -142,17 +142,17 @@ def jitted(name):
 
 
 @functools.cache
-def reference(name):
+def reference(name) -> Any:
     """Params and state after four jitted steps."""
     return run(jitted(name), PARAMS, jax.jit(optimizer(name).init)(PARAMS), GRADS)
 
 
-def step(tx, params, state, grads):
+def step(tx, params, state, grads) -> Any:
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
 
-def run(step, params, state, all_grads):
+def run(step, params, state, all_grads) -> Any:
     for grads in all_grads:
         params, state = step(params, state, grads)
     return params, state
@@ -268,7 +268,8 @@ def test_scan_over_steps_equals_a_loop(name):
     @jax.jit
     def scanned(params):
         def body(carry, grads):
-            return step(tx, *carry, grads), None
+            params, state = carry
+            return step(tx, params, state, grads), None
 
         return jax.lax.scan(body, (params, tx.init(params)), all_grads)[0]
 

@@ -1,5 +1,7 @@
 """srste against the published rules, its phases, refresh and errors."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,9 @@ import training_oracles as oracles
 
 import nmjax as nm
 from nmjax.transforms import SRSTEState
+
+# optax types states and updates as opaque trees.
+srste: Any = nm.srste
 
 RATE, DECAY, STEPS = 0.05, 0.3, 6
 X = np.random.default_rng(0).normal(size=(16, 8))
@@ -42,7 +47,7 @@ def standard():
         yield
 
 
-def train(params, tx, forward, steps=STEPS):
+def train(params, tx, forward, steps=STEPS) -> Any:
     state = tx.init(params)
 
     @jax.jit
@@ -57,7 +62,7 @@ def train(params, tx, forward, steps=STEPS):
 
 
 def test_coupled_is_the_published_rule(params, plan):
-    tx = optax.chain(nm.srste(plan, DECAY), optax.sgd(RATE))
+    tx = optax.chain(srste(plan, DECAY), optax.sgd(RATE))
     trained, state = train(params, tx, lambda p, _: nm.sparsify(p, plan))
     expected = oracles.srste_sgd(W, gradient, STEPS, RATE, DECAY, 2, 4)
     np.testing.assert_allclose(trained["kernel"], expected, rtol=1e-5, atol=1e-6)
@@ -65,7 +70,7 @@ def test_coupled_is_the_published_rule(params, plan):
 
 
 def test_zero_decay_is_the_straight_through_estimator(params, plan):
-    tx = optax.chain(nm.srste(plan, 0.0), optax.sgd(RATE))
+    tx = optax.chain(srste(plan, 0.0), optax.sgd(RATE))
     trained, _ = train(params, tx, lambda p, _: nm.sparsify(p, plan))
     plain, _ = train(params, optax.sgd(RATE), lambda p, _: nm.sparsify(p, plan))
     assert (trained["kernel"] == plain["kernel"]).all()
@@ -75,7 +80,7 @@ def test_zero_decay_is_the_straight_through_estimator(params, plan):
 def test_decoupled_leaves_the_moments_alone(params, plan):
     tx = optax.chain(
         optax.adam(RATE, 0.8, 0.95, eps=1e-3),
-        nm.srste(plan, DECAY, mode="decoupled", learning_rate=RATE),
+        srste(plan, DECAY, mode="decoupled", learning_rate=RATE),
     )
     trained, _ = train(params, tx, lambda p, _: nm.sparsify(p, plan))
     expected = oracles.srste_decoupled(
@@ -86,7 +91,7 @@ def test_decoupled_leaves_the_moments_alone(params, plan):
 
 def test_hybrid_is_the_rule_of_ast(params, plan):
     tx = optax.chain(
-        nm.srste(plan, DECAY, mode="hybrid", b1=0.8, b2=0.95, eps=1e-3),
+        srste(plan, DECAY, mode="hybrid", b1=0.8, b2=0.95, eps=1e-3),
         optax.scale_by_learning_rate(RATE),
     )
     trained, _ = train(params, tx, lambda p, _: nm.sparsify(p, plan))
@@ -96,12 +101,12 @@ def test_hybrid_is_the_rule_of_ast(params, plan):
 
 @pytest.mark.usefixtures("standard")
 def test_hybrid_is_made_of_optax_parts_where_weights_are_sparse(params, plan):
-    parts = optax.chain(
+    parts: Any = optax.chain(
         optax.ema(0.9),
-        nm.srste(plan, DECAY),
+        srste(plan, DECAY),
         optax.scale_by_rms(0.999, 1e-8, eps_in_sqrt=False, bias_correction=True),
     )
-    hybrid = nm.srste(plan, DECAY, mode="hybrid")
+    hybrid = srste(plan, DECAY, mode="hybrid")
     states = parts.init(params), hybrid.init(params)
     for seed in range(3):
         grads = {"kernel": jax.random.normal(jax.random.key(seed), (8, 4))}
@@ -115,7 +120,8 @@ def test_hybrid_is_made_of_optax_parts_where_weights_are_sparse(params, plan):
 def test_hybrid_is_adam_where_weights_are_dense(params):
     params = {**params, "bias": jnp.zeros(4)}
     plan = nm.plan(params, {"kernel": nm.NM(2, 4)})
-    hybrid, adam = nm.srste(plan, DECAY, mode="hybrid"), optax.scale_by_adam()
+    hybrid: Any = srste(plan, DECAY, mode="hybrid")
+    adam: Any = optax.scale_by_adam()
     states = hybrid.init(params), adam.init(params)
     for seed in range(3):
         grads = jax.tree.map(
@@ -128,7 +134,7 @@ def test_hybrid_is_adam_where_weights_are_dense(params):
 
 
 def test_decay_may_be_a_schedule(params, plan):
-    tx = nm.srste(plan, lambda step: 0.5 * step.astype(jnp.float32))
+    tx = srste(plan, lambda step: 0.5 * step.astype(jnp.float32))
     state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
     pruned = jnp.where(nm.compute_masks(params, plan)["kernel"], 0, params["kernel"])
     for step in range(3):
@@ -138,7 +144,7 @@ def test_decay_may_be_a_schedule(params, plan):
 
 def test_learning_rate_may_be_a_schedule(params, plan):
     rate = optax.linear_schedule(1.0, 0.0, 2)
-    tx = nm.srste(plan, 0.5, mode="decoupled", learning_rate=rate)
+    tx = srste(plan, 0.5, mode="decoupled", learning_rate=rate)
     state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
     pruned = jnp.where(nm.compute_masks(params, plan)["kernel"], 0, params["kernel"])
     for factor in (1.0, 0.5, 0.0):
@@ -149,7 +155,7 @@ def test_learning_rate_may_be_a_schedule(params, plan):
 def test_masks_of_stage_and_forward_agree_at_ties():
     params = {"kernel": jnp.ones((8, 4))}
     plan = nm.plan(params, {"kernel": nm.NM(1, 4)})
-    tx = nm.srste(plan, 1.0)
+    tx = srste(plan, 1.0)
     pull, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert ((pull["kernel"] == 0) == (nm.sparsify(params, plan)["kernel"] != 0)).all()
 
@@ -157,7 +163,7 @@ def test_masks_of_stage_and_forward_agree_at_ties():
 def test_infinite_kept_weight_gives_no_nan(params, plan):
     params = {"kernel": params["kernel"].at[0].set(jnp.inf)}
     for mode in ("coupled", "hybrid"):
-        tx = nm.srste(plan, mode=mode)
+        tx = srste(plan, mode=mode)
         zeros = jax.tree.map(jnp.zeros_like, params)
         updates, _ = tx.update(zeros, tx.init(params), params)
         assert jnp.isfinite(updates["kernel"]).all()
@@ -166,7 +172,7 @@ def test_infinite_kept_weight_gives_no_nan(params, plan):
 def test_term_is_computed_in_float32_and_emitted_in_the_dtype_of_the_update(plan):
     weights = {"kernel": jnp.full((8, 4), 1.0, jnp.bfloat16)}
     grads = {"kernel": jnp.full((8, 4), 256.0, jnp.bfloat16)}
-    tx = nm.srste(plan, 1.6)
+    tx = srste(plan, 1.6)
     updates, _ = tx.update(grads, tx.init(weights), weights)
     assert updates["kernel"].dtype == jnp.bfloat16
     # 257.6 rounds to 258; 1.6 in bfloat16 is 1.6016, and their sum in bfloat16 too.
@@ -176,8 +182,8 @@ def test_term_is_computed_in_float32_and_emitted_in_the_dtype_of_the_update(plan
 @pytest.mark.parametrize("mode", ["coupled", "decoupled", "hybrid"])
 def test_phases_switch_decay_and_forward(params, plan, mode):
     rate = 1.0 if mode == "decoupled" else None
-    tx = nm.srste(plan, 0.5, mode=mode, learning_rate=rate, start=1, stop=3)
-    never = nm.srste(plan, 0.0, mode=mode, learning_rate=rate)
+    tx = srste(plan, 0.5, mode=mode, learning_rate=rate, start=1, stop=3)
+    never = srste(plan, 0.0, mode=mode, learning_rate=rate)
     state, plain = tx.init(params), never.init(params)
     grads = jax.tree.map(jnp.ones_like, params)
     seen, active = [], []
@@ -198,7 +204,7 @@ def test_phases_switch_decay_and_forward(params, plan, mode):
     [(None, 2, [1, 1, 0, 0]), (2, None, [0, 0, 1, 1]), (0, 4, [1, 1, 1, 1])],
 )
 def test_phase_bounds_are_half_open(params, plan, start, stop, expected):
-    tx = nm.srste(plan, start=start, stop=stop)
+    tx = srste(plan, start=start, stop=stop)
     state, flags = tx.init(params), []
     for _ in range(4):
         flags.append(int(nm.sparse_phase(state)))
@@ -207,7 +213,7 @@ def test_phase_bounds_are_half_open(params, plan, start, stop, expected):
 
 
 def test_dense_phases_train_as_the_dense_model(params, plan):
-    tx = optax.chain(nm.srste(plan, DECAY, start=4), optax.sgd(RATE))
+    tx = optax.chain(srste(plan, DECAY, start=4), optax.sgd(RATE))
     trained, _ = train(
         params,
         tx,
@@ -219,7 +225,7 @@ def test_dense_phases_train_as_the_dense_model(params, plan):
 
 
 def test_refresh_keeps_masks_between_updates(params, plan):
-    tx = nm.srste(plan, refresh=2)
+    tx = srste(plan, refresh=2)
     state = tx.init(params)
     first = nm.compute_masks(params, plan)
     others = jax.tree.map(lambda p: p[::-1], params)
@@ -231,7 +237,7 @@ def test_refresh_keeps_masks_between_updates(params, plan):
 
 
 def test_decay_between_refreshes_uses_the_kept_masks(params, plan):
-    tx = nm.srste(plan, 1.0, refresh=10)
+    tx = srste(plan, 1.0, refresh=10)
     state = tx.init(params)
     kept = nm.masks(state)["kernel"]
     others = jax.tree.map(lambda p: p[::-1], params)
@@ -242,7 +248,7 @@ def test_decay_between_refreshes_uses_the_kept_masks(params, plan):
 
 def test_refreshed_transposable_masks_train(params):
     plan = nm.plan(params, {"kernel": nm.TransposableNM(2, 4)})
-    tx = optax.chain(nm.srste(plan, DECAY, refresh=2), optax.sgd(RATE))
+    tx = optax.chain(srste(plan, DECAY, refresh=2), optax.sgd(RATE))
     trained, state = train(params, tx, lambda p, s: nm.sparsify(p, nm.masks(s)))
     mask = np.asarray(nm.masks(state)["kernel"]).reshape(2, 4, 4)
     assert (mask.sum(1) == 2).all() and (mask.sum(2) == 2).all()
@@ -250,11 +256,11 @@ def test_refreshed_transposable_masks_train(params):
 
 
 def test_state_holds_only_what_is_asked_for(params, plan):
-    count_only = nm.srste(plan, lambda step: 0.1).init(params)
+    count_only = srste(plan, lambda step: 0.1).init(params)
     assert isinstance(count_only, SRSTEState)
     assert len(jax.tree.leaves(count_only)) == 1
-    assert len(jax.tree.leaves(nm.srste(plan, start=1).init(params))) == 2
-    assert len(jax.tree.leaves(nm.srste(plan, refresh=1).init(params))) == 2
+    assert len(jax.tree.leaves(srste(plan, start=1).init(params))) == 2
+    assert len(jax.tree.leaves(srste(plan, refresh=1).init(params))) == 2
 
 
 @pytest.mark.parametrize(
@@ -278,11 +284,11 @@ def test_state_holds_only_what_is_asked_for(params, plan):
 )
 def test_bad_arguments_are_errors(plan, arguments, message):
     with pytest.raises(ValueError, match=message):
-        nm.srste(plan, **arguments)
+        srste(plan, **arguments)
 
 
 def test_masks_and_phase_of_a_state_without_them_are_errors(params, plan):
-    state = optax.chain(nm.srste(plan), optax.adam(0.1)).init(params)
+    state = optax.chain(srste(plan), optax.adam(0.1)).init(params)
     with pytest.raises(ValueError, match="no transform keeps masks in this state"):
         nm.masks(state)
     with pytest.raises(ValueError, match="no transform in this state has phases"):
@@ -290,7 +296,7 @@ def test_masks_and_phase_of_a_state_without_them_are_errors(params, plan):
 
 
 def test_two_phases_or_masks_in_one_state_are_errors(params, plan):
-    stage = nm.srste(plan, start=1, refresh=1)
+    stage = srste(plan, start=1, refresh=1)
     state = optax.chain(stage, stage).init(params)
     with pytest.raises(ValueError, match="2 transforms in this state have phases"):
         nm.sparse_phase(state)
