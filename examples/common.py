@@ -412,7 +412,8 @@ def save_plot(path: pathlib.Path, histories: Mapping[str, History]) -> None:
     """Save the curves of all runs: one picture of all, and one of each.
 
     The picture of all, ``path``, shows loss, flip rate and density of the methods side
-    by side, seeds averaged. That of one run, ``<run>.png`` beside it, shows the layers.
+    by side, seeds averaged. That of one run, ``<method>-seed<seed>.png`` beside it, shows
+    the layers.
 
     Args:
       path: File to write.
@@ -425,7 +426,7 @@ def save_plot(path: pathlib.Path, histories: Mapping[str, History]) -> None:
             dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)
         ]
         runs.setdefault(label.split(" seed ")[0], []).append(rows)
-        name = label.replace(" ", "-") + path.suffix
+        name = label.replace(" seed ", "-seed") + path.suffix
         panels = [panel for panel in PANELS if any(n.startswith(panel) for n in names)]
         reports.plot_history(rows, path.with_name(name), panels=panels, title=label)
     present = {name for history in histories.values() for name in history}

@@ -1,0 +1,318 @@
+"""The training examples: their shared loop, and CIFAR-10.
+
+Examples are scripts, not modules of the package: `example` loads one by its file name.
+"""
+
+import importlib
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def example(name):
+    """Import ``examples/<name>.py`` as a script would: its folder is on the path."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    return importlib.import_module(name)
+
+
+common = example("common")
+cifar10 = example("cifar10")
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# The shared loop --------------------------------------------------------------------
+
+
+@jax.jit
+def toy_step(state, batch):
+    weights = 0.9 * state["weights"] + batch
+    return {"weights": weights, "flag": ~state["flag"]}, {"loss": weights.sum()}
+
+
+def toy_state():
+    return {"weights": jnp.ones(3), "flag": jnp.array(True)}
+
+
+def toy_train(run_dir, steps, **keywords):
+    config = {"rate": 0.9, **keywords.pop("config", {})}
+    settings = {"save_every": 4, "log_every": 2, "config": config} | keywords
+    batch_at = lambda i: jnp.float32(i)  # noqa: E731
+    return common.train(
+        toy_step, toy_state(), batch_at, steps=steps, run_dir=run_dir, **settings
+    )
+
+
+def test_history_has_one_entry_per_window(tmp_path):
+    losses, state = [], toy_state()
+    for i in range(5):
+        state, metrics = toy_step(state, jnp.float32(i))
+        losses.append(float(metrics["loss"]))
+    trained, history = toy_train(tmp_path, 5)
+    assert history["step"] == [2, 4, 5]
+    windows = [losses[:2], losses[2:4], losses[4:]]
+    np.testing.assert_allclose(history["loss"], [np.mean(w) for w in windows])
+    assert_same_bits(trained, state)
+
+
+def test_finished_run_is_not_trained_again_on_resume(tmp_path, monkeypatch):
+    trained, history = toy_train(tmp_path, 6)
+    monkeypatch.setattr(sys.modules[__name__], "toy_step", None)
+    resumed, again = toy_train(tmp_path, 6, resume=True)
+    assert_same_bits(resumed, trained)
+    assert again == history
+
+
+def test_without_resume_a_run_starts_afresh(tmp_path):
+    toy_train(tmp_path, 6)
+    trained, history = toy_train(tmp_path, 4)
+    assert history["step"] == [2, 4]
+    with common.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        step, state, _ = checkpoints.restore(toy_state())
+    assert step == 4
+    assert_same_bits(state, trained)
+
+
+def test_resume_with_other_settings_is_an_error(tmp_path):
+    toy_train(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"started with rate=0.9, now rate=0.5"):
+        toy_train(tmp_path, 2, resume=True, config={"rate": 0.5})
+
+
+def test_loss_that_is_not_finite_is_an_error(tmp_path):
+    with pytest.raises(FloatingPointError, match="loss is nan in the steps up to 2"):
+        common.train(
+            lambda state, _: (state, {"loss": jnp.float32(np.nan)}),
+            toy_state(),
+            lambda _: None,
+            steps=4,
+            run_dir=tmp_path,
+            config={},
+            log_every=2,
+        )
+
+
+def test_epoch_visits_every_example_once():
+    steps = [common.batch_indices(7, step, 12, 4) for step in range(6)]
+    first, second = np.concatenate(steps[:3]), np.concatenate(steps[3:])
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first.tolist() != second.tolist()
+    assert common.batch_indices(8, 0, 12, 4).tolist() != steps[0].tolist()
+
+
+def test_batch_larger_than_the_data_is_an_error():
+    with pytest.raises(ValueError, match="batch_size=5 is larger .* 4 examples"):
+        common.batch_indices(0, 0, 4, 5)
+
+
+def test_mean_std_is_the_sample_deviation():
+    assert common.mean_std([1.0, 2.0, 3.0]) == "2.00 +- 1.00"
+    assert common.mean_std([1.5], digits=1) == "1.5"
+
+
+# Data of CIFAR-10 -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 4, 3072), dtype=np.uint8)
+    return images, rng.integers(0, 10, (6, 4))
+
+
+def write_binary(folder, batches):
+    folder.mkdir(parents=True)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    for name, images, labels in zip(names, *batches, strict=True):
+        records = np.concatenate([labels[:, None].astype(np.uint8), images], axis=1)
+        (folder / name).write_bytes(records.tobytes())
+
+
+def write_pickles(folder, batches):
+    folder.mkdir(parents=True)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name, images, labels in zip(names, *batches, strict=True):
+        batch = {b"data": images, b"labels": labels.tolist(), b"batch_label": b"x"}
+        # The official files are of protocol 2 and name numpy.core, as NumPy 1 did.
+        data = pickle.dumps(batch, protocol=2).replace(b"numpy._core", b"numpy.core")
+        (folder / name).write_bytes(data)
+
+
+def test_both_official_formats_give_the_same_images(tmp_path, batches):
+    write_binary(tmp_path / "a" / "cifar-10-batches-bin", batches)
+    write_pickles(tmp_path / "b" / "cifar-10-batches-py", batches)
+    binary = cifar10.load_cifar10(tmp_path / "a")
+    python = cifar10.load_cifar10(tmp_path / "b" / "cifar-10-batches-py")
+    images, labels = batches
+    assert binary.images.shape == (20, 32, 32, 3)
+    # Channels come first in a record: pixel (row 1, column 2) of green.
+    assert binary.images[4, 1, 2, 1] == images[1, 0, 1024 + 32 + 2]
+    assert binary.test_labels.tolist() == labels[5].tolist()
+    for a, b in zip(binary, python, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_truncated_binary_file_is_an_error(tmp_path, batches):
+    write_binary(tmp_path / "x", batches)
+    path = tmp_path / "x" / "data_batch_3.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="data_batch_3.bin has 12291 bytes"):
+        cifar10.load_cifar10(tmp_path / "x")
+
+
+def test_missing_data_is_an_error_that_says_what_to_fetch(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="(?s)data_batch_1.bin .*cs.toronto.edu"
+    ):
+        cifar10.load_cifar10(tmp_path)
+
+
+def test_pickle_that_would_run_code_is_refused(tmp_path):
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(pickle.dumps({b"data": os.system}))
+    with pytest.raises(pickle.UnpicklingError, match="does not belong"):
+        cifar10.read_pickle(path)
+
+
+def test_digits_are_split_once_and_for_all():
+    data = cifar10.load_digits()
+    assert data.images.shape == (1257, 8, 8, 1)
+    assert data.test_images.shape == (540, 8, 8, 1)
+    pairs = {x.tobytes() for x in data.images} & {x.tobytes() for x in data.test_images}
+    assert not pairs
+    assert np.bincount(data.labels).min() > 100
+
+
+def test_augment_shifts_and_mirrors_every_image():
+    images = np.arange(1, 1 + 64 * 4 * 5 * 2).reshape(64, 4, 5, 2)
+    key = jax.random.key(0)
+    out = np.asarray(cifar10.augment(jnp.asarray(images), key, pad=2, flip=True))
+    padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    seen = set()
+    for image, result in zip(padded, out, strict=True):
+        found = [
+            (top, left, mirror)
+            for top in range(5)
+            for left in range(5)
+            for mirror in (1, -1)
+            if (image[top : top + 4, left : left + 5][:, ::mirror] == result).all()
+        ]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len({place[:2] for place in seen}) > 15  # of 25
+    assert {place[2] for place in seen} == {1, -1}
+
+
+# Models of CIFAR-10 -----------------------------------------------------------------
+
+
+def abstract_params(name, width):
+    model = cifar10.MODELS[name][1](width)
+    blank = jnp.zeros((1, 32, 32, 3))
+    init = lambda: model.init(jax.random.key(0), blank, False)  # noqa: E731
+    return jax.eval_shape(init)["params"]
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "expected"),
+    [("resnet18", 64, 11_173_962), ("wrn22-2", 16, 1_079_642)],
+)
+def test_models_have_the_published_number_of_parameters(name, width, expected):
+    leaves = jax.tree.leaves(abstract_params(name, width))
+    assert sum(leaf.size for leaf in leaves) == expected
+
+
+def test_plan_leaves_stem_and_head_dense():
+    import nmjax as nm
+
+    plan = nm.plan(abstract_params("resnet18", 16), nm.NM(2, 4), skip="head")
+    dense = {p.path for p in plan.leaves if p.path.endswith("kernel")} - {
+        p.path for p in plan.sparse_leaves
+    }
+    assert dense == {"stem/kernel", "head/kernel"}
+    assert len(plan.sparse_leaves) == 19  # 16 convolutions in blocks, 3 shortcuts
+
+
+def test_pattern_option_says_what_it_wants(capsys):
+    with pytest.raises(SystemExit):
+        cifar10.parse(["--pattern", "4:2"])
+    assert "'4:2' is no pattern N:M" in capsys.readouterr().err
+
+
+# The script -------------------------------------------------------------------------
+
+SMOKE = ["--smoke", "--method", "srste", "--epochs", "3"]
+
+
+def test_smoke_trains_saves_and_reloads_every_method(tmp_path, capsys):
+    methods = ["dense", "one_shot", "ste", "srste"]
+    rows = cifar10.main(["--smoke", "--out", str(tmp_path), "--method", *methods])
+    assert [row["method"] for row in rows] == methods
+    assert [row["density"] for row in rows] == [1.0, 0.5, 0.5, 0.5]
+    for row in rows:
+        assert row["reloaded"] == row["accuracy"]
+    assert rows[1]["as_trained"] == rows[0]["accuracy"]
+    assert not (tmp_path / "one_shot-seed0" / "checkpoints").exists()
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files >= {"results.json", "training.png", "srste-seed0.png"}
+    printed = capsys.readouterr().out
+    assert "| srste    | 1     | 0.50    |" in printed
+
+
+def test_killed_run_resumes_to_the_same_bits(tmp_path):
+    settings = cifar10.parse([*SMOKE, "--out", str(tmp_path / "whole")])
+    trainer = cifar10.Trainer(cifar10.load(settings), settings)
+    assert trainer.steps == 24
+    whole, whole_history = trainer.train("srste", 0)
+
+    # Step 12 has just begun to be saved when the process is killed.
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        import cifar10
+
+        class Trainer(cifar10.Trainer):
+            def batch_at(self, seed, step):
+                if step == 12:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().batch_at(seed, step)
+
+        cifar10.Trainer = Trainer
+        cifar10.main(sys.argv[1:])
+        """
+    )
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", script, *SMOKE, "--out", str(out)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(EXAMPLES),
+        "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
+    }
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with common.Checkpoints(out / "srste-seed0" / "checkpoints") as checkpoints:
+        step, *_ = checkpoints.restore(whole)
+    assert step in (8, 12)
+
+    settings.out, settings.resume = out, True
+    resumed, history = trainer.train("srste", 0)
+    assert_same_bits(resumed, whole)
+    del history["seconds"], whole_history["seconds"]
+    assert history == whole_history
