@@ -412,8 +412,8 @@ def save_plot(path: pathlib.Path, histories: Mapping[str, History]) -> None:
     """Save the curves of all runs: one picture of all, and one of each.
 
     The picture of all, ``path``, shows loss, flip rate and density of the methods side
-    by side, seeds averaged. That of one run, ``<method>-seed<seed>.png`` beside it, shows
-    the layers.
+    by side, seeds averaged. That of one run, ``<method>-seed<seed>.png`` beside it,
+    shows the layers.
 
     Args:
       path: File to write.
