@@ -115,7 +115,7 @@ def sad(old: Masks, new: Masks) -> Int[Array, ""]:
 
     Reference:
       Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From
-      Scratch", 2021, arXiv 2102.04010, section 4.3.
+      Scratch", 2021, arXiv 2102.04010.
     """
     leaves = _align_masks(old, new)
     size = sum(mask.size for _, mask in leaves.values())
@@ -155,7 +155,7 @@ def flip_rate(old: Masks, new: Masks) -> Float[Array, ""]:
 
     Reference:
       Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", 2024,
-      arXiv 2404.01847, section 4.1.
+      arXiv 2404.01847.
     """
     leaves = _align_masks(old, new)
     size = sum(mask.size for _, mask in leaves.values())
@@ -243,22 +243,22 @@ def _align(**trees: PyTree) -> dict[str, tuple[Any, ...]]:
     return {path: tuple(named[name][path] for name in named) for path in named[last]}
 
 
-def _align_masks(old: Masks, new: Masks) -> dict[str, tuple[Array, Array]]:
+def _align_masks(old: Masks, new: Masks) -> dict[str, tuple[Any, ...]]:
     """Pair masks by path; neither tree may have one more."""
     _align(new=new, old=old)
     leaves = _align(old=old, new=new)
     for path, masks in leaves.items():
         for mask in masks:
             _check_bool(path, mask)
-    return leaves  # type: ignore[return-value]
+    return leaves
 
 
-def _align_params(params: Params, masks: Masks) -> dict[str, tuple[Array, Array]]:
+def _align_params(params: Params, masks: Masks) -> dict[str, tuple[Any, ...]]:
     """Pair every mask with its weights."""
     leaves = _align(params=params, masks=masks)
     for path, (_, mask) in leaves.items():
         _check_bool(path, mask)
-    return leaves  # type: ignore[return-value]
+    return leaves
 
 
 def _check_bool(path: str, mask: Any) -> None:
@@ -342,7 +342,7 @@ def _magnitudes(path: str, weights: Any, mask: Any) -> tuple[Array, Array]:
     dtype = jnp.result_type(weights)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{_leaf(path)} has dtype {dtype}, must be floating point")
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
     size = jnp.abs(weights).astype(wide)
     kept = jnp.where(mask, size, jnp.zeros((), wide))
     return jnp.sum(kept).astype(jnp.float32), jnp.sum(size).astype(jnp.float32)

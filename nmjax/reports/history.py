@@ -49,8 +49,11 @@ def row(metrics: Mapping[str, Any], **extra: Scalar) -> Row:
     both = sorted(set(metrics) & set(extra))
     if both:
         raise ValueError(f"{both[0]!r} is given both in metrics and as an argument")
-    host = jax.device_get(dict(metrics))
-    return extra | {name: _scalar(name, value) for name, value in host.items()}
+    # As a list: a dict would come back with its keys sorted.
+    host = jax.device_get(list(metrics.values()))
+    return extra | {
+        name: _scalar(name, value) for name, value in zip(metrics, host, strict=True)
+    }
 
 
 def rows(metrics: Mapping[str, Any], steps: Iterable[int]) -> list[Row]:
@@ -73,7 +76,8 @@ def rows(metrics: Mapping[str, Any], steps: Iterable[int]) -> list[Row]:
       [{'step': 10, 'loss': 0.5}, {'step': 11, 'loss': 0.25}]
     """
     numbers = [int(step) for step in steps]
-    host = {name: np.asarray(v) for name, v in jax.device_get(dict(metrics)).items()}
+    values = map(np.asarray, jax.device_get(list(metrics.values())))
+    host = dict(zip(metrics, values, strict=True))
     for name, value in host.items():
         if value.shape != (len(numbers),):
             raise ValueError(

@@ -86,10 +86,12 @@ def plot_history(
         drawn = []
         for layer in layers:
             steps, values = series(history, f"{name}/{layer}", x)
+            if not steps.size:
+                continue
             style = {"color": colours[layer], "linewidth": 0.9, "alpha": 0.85}
             axis.plot(*thin(steps, values), **style)
             drawn.append((steps, values))
-        with_layers = any(steps.size for steps, _ in drawn)
+        with_layers = bool(drawn)
         for i, key in enumerate(totals):
             steps, values = series(history, key, x)
             colour = "black" if with_layers else COLOURS[i % len(COLOURS)]

@@ -4,7 +4,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def print_table(
     *,
     title: str | None = None,
     digits: int = 4,
-    file: IO[str] | None = None,
+    file: Any = None,
 ) -> None:
     """Print rows: with rich on a terminal that has it, else as plain text.
 
@@ -117,7 +117,7 @@ def print_table(
       columns: which columns, in order; default as for `table`.
       title: a line above the table.
       digits: significant digits, as for `table`.
-      file: where to; default standard output.
+      file: an open text file; default standard output.
 
     Raises:
       ValueError: a column is in no row.
