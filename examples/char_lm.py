@@ -203,6 +203,7 @@ class Trainer:
         self.text, self.options = text, options
         self.graph, params = nnx.split(nnx.eval_shape(self.model, 0), nnx.Param)
         self.plan = nm.plan(params, nm.NM(2, 4), skip="head")
+        self.start = functools.cache(self.make_start)
         self.step = functools.cache(self.make_step)
 
     def model(self, seed: int | jax.Array) -> CharLM:
@@ -214,8 +215,8 @@ class Trainer:
             rngs=nnx.Rngs(common.key_for(seed, 0)),
         )
 
-    def initialise(self, method: str, seed: int) -> Any:
-        """Return the state before the first step: parameters and all."""
+    def make_start(self, method: str) -> Callable[[jax.Array], Any]:
+        """Return what makes the state before the first step, from the seed."""
         tx = make_optimizer(method, self.plan, self.options)
 
         @jax.jit
@@ -224,7 +225,7 @@ class Trainer:
             tracked = nm.tracker(self.plan).init(params)
             return {"params": params, "opt": tx.init(params), "tracker": tracked}
 
-        return start(jnp.uint32(seed))
+        return start
 
     def make_step(self, method: str) -> common.Step:
         """Return the training step of a method."""
@@ -236,7 +237,7 @@ class Trainer:
         options = self.options
         state, history = common.train(
             self.step(method),
-            self.initialise(method, seed),
+            self.start(method)(jnp.uint32(seed)),
             lambda step: windows_at(
                 self.text.train, seed, step, options.batch, options.context
             ),

@@ -342,6 +342,7 @@ class Trainer:
         self.plan = nm.plan(params, nm.NM(2, 4))
         per_epoch = Batches(task.train, options.tokens, seed=0).per_epoch
         self.steps = options.epochs * per_epoch
+        self.start = functools.cache(self.make_start)
         self.step = functools.cache(self.make_step)
 
     def init_params(self, seed: jax.Array) -> Any:
@@ -349,8 +350,12 @@ class Trainer:
         blank = jnp.ones((1, GRID), jnp.int32)
         return self.model.init(common.key_for(seed, 0), blank, blank)["params"]
 
-    def initialise(self, method: str, seed: int) -> Any:
-        """Return the state before the first step: parameters and all."""
+    def optimizer(self, method: str) -> optax.GradientTransformation:
+        """Return the optimizer of a method."""
+        return make_optimizer(method, self.plan, self.steps, self.options)
+
+    def make_start(self, method: str) -> Callable[[jax.Array], Any]:
+        """Return what makes the state before the first step, from the seed."""
         tx = self.optimizer(method)
 
         @jax.jit
@@ -359,11 +364,7 @@ class Trainer:
             tracked = nm.tracker(self.plan).init(params)
             return {"params": params, "opt": tx.init(params), "tracker": tracked}
 
-        return start(jnp.uint32(seed))
-
-    def optimizer(self, method: str) -> optax.GradientTransformation:
-        """Return the optimizer of a method."""
-        return make_optimizer(method, self.plan, self.steps, self.options)
+        return start
 
     def make_step(self, method: str) -> common.Step:
         """Return the training step of a method."""
@@ -376,7 +377,7 @@ class Trainer:
         batches = Batches(self.task.train, options.tokens, seed)
         state, history = common.train(
             self.step(method),
-            self.initialise(method, seed),
+            self.start(method)(jnp.uint32(seed)),
             lambda step: (*batches(step), common.key_for(seed, 1, step)),
             steps=self.steps,
             run_dir=options.out / f"{method}-seed{seed}",
@@ -424,7 +425,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--beams", type=int, default=1, help="beams of the search; 1 is greedy")
     options = parser.parse_args(arguments)
     if options.smoke:
-        small = {"vocabulary": 100, "width": 16, "heads": 2, "layers": 1, "epochs": 2}
+        small = {"vocabulary": 100, "width": 16, "heads": 2, "layers": 1, "epochs": 4}
         vars(options).update(small, longest=16, tokens=320, log_every=2, save_every=4)
     return options
 

@@ -1,8 +1,12 @@
+import contextlib
+import functools
 import importlib
+import io
 import itertools
 import json
 import pathlib
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +20,47 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 if str(EXAMPLES) not in sys.path:
     sys.path.insert(0, str(EXAMPLES))
 char_lm = importlib.import_module("char_lm")
+common = importlib.import_module("common")
 methods = importlib.import_module("methods")
 multi30k = importlib.import_module("multi30k")
 translation = importlib.import_module("translation")
+
+METHODS = ["dense", "one_shot", "srste"]
 
 
 class Interrupted(Exception):
     """Stands for whatever stops a training in the middle."""
 
 
-@pytest.fixture
-def standard_promotion():
-    """Let float and int meet: the bias correction of `optax.adam` needs it."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+# The bias correction of `optax.adam` lets a float meet an int.
+trains = functools.partial(jax.numpy_dtype_promotion, "standard")
 
 
-trains = pytest.mark.usefixtures("standard_promotion")
+class Smoke(NamedTuple):
+    """A smoke run of an example: its trainer, rows, folder and printed text."""
+
+    trainer: Any
+    rows: list[dict[str, Any]]
+    out: pathlib.Path
+    printed: str
+
+
+def smoke_run(example, out):
+    """Run an example's main, keeping its trainer so that no test compiles it again."""
+    kept = []
+
+    def keep(*args):
+        kept.append(example_trainer(*args))
+        return kept[0]
+
+    example_trainer = example.Trainer
+    arguments = ["--smoke", "--out", str(out), "--method", *METHODS]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, trains():
+        patch.setattr(example, "Trainer", keep)
+        with contextlib.redirect_stdout(printed):
+            rows = example.main(arguments)
+    return Smoke(kept[0], rows, out, printed.getvalue())
 
 
 def assert_same_bits(tree, other):
@@ -42,87 +70,94 @@ def assert_same_bits(tree, other):
         assert np.asarray(leaf).tobytes() == np.asarray(o).tobytes()
 
 
-def resumed_equals_uninterrupted(trainer, method, tmp_path, monkeypatch):
-    """Train once at a stretch, and once stopped at step 6 and resumed from step 4."""
-    common = importlib.import_module("common")
-    states, shapes = [], []
-    real_train = common.train
+def check_resumed_equals_uninterrupted(smoke, tmp_path, monkeypatch):
+    """Stop a training at step 6, resume it from step 4, compare with the smoke run."""
+    trainer, train = smoke.trainer, common.train
 
-    def spy(step, state, batch_at, **kwargs):
-        shapes.append(state)
-        state, history = real_train(step, state, batch_at, **kwargs)
-        states.append(jax.device_get(state))
-        return state, history
-
-    def stops(step, state, batch_at, **kwargs):
+    def stopping_train(step, state, batch_at, **kwargs):
         def batch_or_stop(index):
             if index == 6:
                 raise Interrupted
             return batch_at(index)
 
-        return real_train(step, state, batch_or_stop, **kwargs)
+        return train(step, state, batch_or_stop, **kwargs)
 
-    monkeypatch.setattr(common, "train", spy)
-    trainer.options.out = tmp_path / "whole"
-    whole = trainer(method, 0)
-    trainer.options.out = tmp_path / "parts"
-    monkeypatch.setattr(common, "train", stops)
-    with pytest.raises(Interrupted):
-        trainer(method, 0)
-    saved = tmp_path / "parts" / f"{method}-seed0" / "checkpoints"
-    assert [path.name for path in saved.iterdir()] == ["4"]
-    monkeypatch.setattr(common, "train", spy)
-    trainer.options.resume = True
-    resumed = trainer(method, 0)
+    checkpoints = tmp_path / "srste-seed0" / "checkpoints"
+    monkeypatch.setattr(trainer.options, "out", tmp_path)
+    with trains(), monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(common, "train", stopping_train)
+        trainer("srste", 0)
+    assert [path.name for path in checkpoints.iterdir()] == ["4"]
+    monkeypatch.setattr(trainer.options, "resume", True)
+    with trains():
+        resumed = trainer("srste", 0)
+        like = trainer.start("srste")(jnp.uint32(0))
 
-    assert_same_bits(whole.params, resumed.params)
-    assert_same_bits(*states)  # optimizer and tracker too
-    assert resumed.history["step"] == whole.history["step"] == [2, 4, 6, 8]
-    for name in set(whole.history) - {"seconds"}:
-        assert resumed.history[name] == whole.history[name], name
+    states = []
+    for folder in (smoke.out / "srste-seed0" / "checkpoints", checkpoints):
+        with common.Checkpoints(folder) as found:
+            step, state, history = found.restore(like)
+        assert step == 8
+        states.append(state)
+        del history["seconds"]
+        states.append(history)
+    assert_same_bits(states[0], states[2])  # parameters, optimizer, tracker
+    assert_same_bits(resumed.params, states[0]["params"])
+    assert states[1] == states[3] and states[1]["step"] == [2, 4, 6, 8]
     # Training did something, so equal bits are not those of the initialisation.
-    fresh = jax.tree.leaves(trainer.initialise(method, 0)["params"])
-    assert not np.array_equal(fresh[-1], jax.tree.leaves(whole.params)[-1])
+    assert not np.array_equal(*(jax.tree.leaves(s)[-1] for s in (like, states[0])))
 
 
-def check_results(out, rows, named):
-    assert [row["method"] for row in rows] == named
-    for row in rows:
-        assert row["density"] == (1.0 if row["method"] == "dense" else 0.5)
-    results = json.loads((out / "results.json").read_text())
-    assert results["rows"] == rows
-    assert (out / "training.png").stat().st_size > 10_000
+def check_results(smoke):
+    dense, one_shot, srste = smoke.rows
+    assert [row["method"] for row in smoke.rows] == METHODS
+    assert [row["density"] for row in smoke.rows] == [1.0, 0.5, 0.5]
+    score = list(dense)[2]
+    assert len({row[score] for row in smoke.rows}) == 3 or score == "BLEU"
+    assert one_shot["training s"] == dense["training s"]  # one run, pruned afterwards
+    assert not (smoke.out / "one_shot-seed0" / "checkpoints").exists()
+    results = json.loads((smoke.out / "results.json").read_text())
+    assert results["rows"] == smoke.rows
+    assert (smoke.out / "training.png").stat().st_size > 10_000
+    assert "2:4 along -3" in smoke.printed
+    assert "| srste    | 1     |" in smoke.printed
+    with common.Checkpoints(smoke.out / "srste-seed0" / "checkpoints") as found:
+        like = smoke.trainer.start("srste")(jnp.uint32(0))
+        _, _, history = found.restore(like)
+    sparse = smoke.trainer.plan.sparse_leaves
+    assert history["density"] == [0.5] * 4
+    assert all(history[f"density/{leaf.path}"] == [0.5] * 4 for leaf in sparse)
+    assert max(history["flip_rate"]) > 0
 
 
 # Character model --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def small_char_lm():
-    options = char_lm.parse(["--smoke"])
-    text = char_lm.encode("the quick brown fox jumps over the lazy dog. " * 20)
-    return char_lm.Trainer(text, options)
+def char_smoke(tmp_path_factory):
+    return smoke_run(char_lm, tmp_path_factory.mktemp("char_lm"))
 
 
-@trains
-def test_char_lm_smoke_compares_methods(tmp_path, capsys):
-    named = ["dense", "one_shot", "srste"]
-    rows = char_lm.main(["--smoke", "--out", str(tmp_path), "--method", *named])
-    check_results(tmp_path, rows, named)
-    dense, one_shot, _ = rows
-    assert dense["bits per character"] != one_shot["bits per character"]
-    assert dense["training s"] == one_shot["training s"]  # the same run
-    assert not (tmp_path / "one_shot-seed0" / "checkpoints").exists()
-    assert "blocks/0/attention/query/kernel" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def char_model(char_smoke):
+    """The graph of the small model, its parameters and its text."""
+    run = char_smoke.trainer
+    params = run.start("dense")(jnp.uint32(0))["params"]
+    return run.graph, params, run.text
 
 
-@trains
-def test_char_lm_resumes_bit_for_bit(small_char_lm, tmp_path, monkeypatch):
-    resumed_equals_uninterrupted(small_char_lm, "srste", tmp_path, monkeypatch)
+def test_char_lm_smoke_compares_methods(char_smoke):
+    check_results(char_smoke)
 
 
-def test_char_lm_prunes_projections_along_their_inputs(small_char_lm):
-    sparse = {leaf.path: leaf.pattern.axis for leaf in small_char_lm.plan.sparse_leaves}
+def test_char_lm_resumes_bit_for_bit(char_smoke, tmp_path, monkeypatch):
+    check_resumed_equals_uninterrupted(char_smoke, tmp_path, monkeypatch)
+
+
+def test_char_lm_prunes_projections_along_their_inputs(char_smoke):
+    sparse = {
+        leaf.path: leaf.pattern.axis for leaf in char_smoke.trainer.plan.sparse_leaves
+    }
     assert sparse == {
         "blocks/0/attention/query/kernel": -3,
         "blocks/0/attention/key/kernel": -3,
@@ -133,8 +168,8 @@ def test_char_lm_prunes_projections_along_their_inputs(small_char_lm):
     }
 
 
-def test_char_lm_sees_no_later_character(small_char_lm):
-    graph, params = small_char_lm.graph, small_char_lm.initialise("dense", 0)["params"]
+def test_char_lm_sees_no_later_character(char_model):
+    graph, params, text = char_model
     window = np.arange(17, dtype=np.int32)[None] % 5
     changed = window.copy()
     changed[0, 9:] = 7
@@ -144,18 +179,17 @@ def test_char_lm_sees_no_later_character(small_char_lm):
     assert not np.array_equal(before[0, 9:], after[0, 9:])
 
 
-def test_bits_per_character_of_uniform_guess(small_char_lm):
-    graph, params = small_char_lm.graph, small_char_lm.initialise("dense", 0)["params"]
+def test_bits_per_character_of_uniform_guess(char_model):
+    graph, params, text = char_model
     zeros = jax.tree.map(jnp.zeros_like, params)
-    text = small_char_lm.text
-    # 90 characters: 5 windows of 16 and a rest, so the last batch of 2 is cut short
-    bits = char_lm.bits_per_character(graph, zeros, text.valid, 16, batch=2)
+    # 5 windows of 16 and a rest, so the last batch of 2 is cut short
+    bits = char_lm.bits_per_character(graph, zeros, text.valid[:90], 16, batch=2)
     assert bits == pytest.approx(np.log2(len(text.characters)), rel=1e-6)
 
 
-def test_sample_without_temperature_takes_the_likeliest(small_char_lm):
-    graph, params = small_char_lm.graph, small_char_lm.initialise("dense", 0)["params"]
-    prompt = small_char_lm.text.valid[:16]
+def test_sample_without_temperature_takes_the_likeliest(char_model):
+    graph, params, text = char_model
+    prompt = text.valid[:16]
     added = char_lm.sample(
         graph, params, prompt, jax.random.key(0), length=5, temperature=1e-6
     )
@@ -197,10 +231,8 @@ def test_default_text_is_long_enough():
 
 
 @pytest.fixture(scope="module")
-def small_translation():
-    options = translation.parse(["--smoke"])
-    task = multi30k.read_task(None, 100, 16, most=40)
-    return translation.Trainer(task, options)
+def translation_smoke(tmp_path_factory):
+    return smoke_run(translation, tmp_path_factory.mktemp("translation"))
 
 
 @pytest.fixture(scope="module")
@@ -208,64 +240,63 @@ def tiny():
     """A model with six words, and weights large enough to tell them apart."""
     model = translation.Translator(6, width=8, heads=2, layers=1, dropout=0.0)
     blank = jnp.ones((1, 4), jnp.int32)
-    params = model.init(jax.random.key(1), blank, blank)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), blank, blank)["params"]
     return model, jax.tree.map(lambda leaf: 2.0 * leaf, params)
 
 
-@trains
-def test_translation_smoke_compares_methods(tmp_path):
-    named = ["dense", "one_shot", "srste"]
-    rows = translation.main(["--smoke", "--out", str(tmp_path), "--method", *named])
-    check_results(tmp_path, rows, named)
-    dense, one_shot, srste = rows
-    assert dense["validation nll"] != one_shot["validation nll"]
-    assert {"BLEU", "training s"} <= srste.keys()
+@pytest.fixture(scope="module")
+def logits_of(tiny):
+    model, params = tiny
+    return jax.jit(lambda source, words: model.apply({"params": params}, source, words))
 
 
-@trains
-def test_translation_resumes_bit_for_bit(small_translation, tmp_path, monkeypatch):
-    small_translation.steps = 8
-    resumed_equals_uninterrupted(small_translation, "srste", tmp_path, monkeypatch)
+def test_translation_smoke_compares_methods(translation_smoke):
+    check_results(translation_smoke)
 
 
-def test_translation_prunes_projections_along_their_inputs(small_translation):
-    sparse = {p.path: p.pattern.axis for p in small_translation.plan.sparse_leaves}
+def test_translation_resumes_bit_for_bit(translation_smoke, tmp_path, monkeypatch):
+    check_resumed_equals_uninterrupted(translation_smoke, tmp_path, monkeypatch)
+
+
+def test_translation_prunes_projections_along_their_inputs(translation_smoke):
+    plan = translation_smoke.trainer.plan
+    sparse = {leaf.path: leaf.pattern.axis for leaf in plan.sparse_leaves}
     assert len(sparse) == 6 + 10  # one layer of the encoder, one of the decoder
     assert sparse["decoder_0/cross_attention/query/kernel"] == -3
     assert sparse["decoder_0/cross_attention/out/kernel"] == -2
     assert not any("embedding" in path for path in sparse)
 
 
-def test_padding_and_later_words_change_nothing(tiny):
-    model, params = tiny
-    apply = jax.jit(lambda s, t: model.apply({"params": params}, s, t))
+def test_padding_and_later_words_change_nothing(logits_of):
     source = jnp.array([[4, 5, 3, 2, 0, 0]])
     target = jnp.array([[1, 4, 4, 5, 3, 2]])
-    logits = apply(source, target)
+    logits = logits_of(source, target)
     # row 1 of a batch is padding only, as in the last batch of a bucket
-    both = apply(jnp.pad(source, ((0, 1), (0, 2))), jnp.pad(target, ((0, 1), (0, 0))))
+    both = logits_of(
+        jnp.pad(source, ((0, 1), (0, 2))), jnp.pad(target, ((0, 1), (0, 0)))
+    )
     np.testing.assert_allclose(both[0], logits[0], rtol=1e-5, atol=1e-5)
     assert jnp.isfinite(both).all()
-    changed = apply(source, target.at[0, 3:].set(3))
+    changed = logits_of(source, target.at[0, 3:].set(3))
     np.testing.assert_allclose(changed[0, :3], logits[0, :3], rtol=1e-5, atol=1e-5)
     assert not np.allclose(changed[0, 3:], logits[0, 3:], atol=1e-3)
 
 
-def test_greedy_search_takes_the_likeliest_word_each_time(tiny):
+def test_greedy_search_takes_the_likeliest_word_each_time(tiny, logits_of):
     model, params = tiny
     source = jnp.array([[4, 5, 3, 2], [5, 2, 0, 0], [3, 3, 4, 2]], jnp.int32)
     found = translation.search(model, params, source, length=6)
-    log_p = jax.jit(lambda s, t: model.apply({"params": params}, s[None], t[None])[0])
     for row, tokens in zip(source, found.tolist(), strict=True):
         wanted = [multi30k.BOS]
         while len(wanted) < 7 and wanted[-1] != multi30k.EOS:
-            padded = jnp.array(wanted + [0] * (7 - len(wanted)))
-            wanted.append(1 + int(jnp.argmax(log_p(row, padded)[len(wanted) - 1, 1:])))
+            padded = jnp.array([wanted + [multi30k.PAD] * (7 - len(wanted))])
+            logits = np.asarray(logits_of(row[None], padded))[0, len(wanted) - 1]
+            wanted.append(1 + int(np.argmax(logits[1:])))  # never PAD
         wanted += [multi30k.PAD] * (7 - len(wanted))
         assert tokens == wanted[1:]
 
 
-def test_wide_beam_search_finds_the_best_of_all_sentences(tiny):
+def test_wide_beam_search_finds_the_best_of_all_sentences(tiny, logits_of):
     model, params = tiny
     source = jnp.array([[4, 5, 3, 2]], jnp.int32)
     length = 3
@@ -280,7 +311,7 @@ def test_wide_beam_search_finds_the_best_of_all_sentences(tiny):
     padded = multi30k.pad(sentences, len(sentences), length)
     inputs = np.pad(padded[:, :-1], ((0, 0), (1, 0)), constant_values=multi30k.BOS)
     sources = jnp.repeat(source, len(sentences), 0)
-    logits = model.apply({"params": params}, sources, jnp.array(inputs))
+    logits = logits_of(sources, jnp.array(inputs))
     log_p = np.asarray(jax.nn.log_softmax(logits))
     log_p = np.take_along_axis(log_p, padded[..., None], -1)[..., 0]
     scores = np.where(padded > 0, log_p, 0).sum(1) / (padded > 0).sum(1)
@@ -384,7 +415,6 @@ def test_read_task_without_files(tmp_path):
 # Methods ----------------------------------------------------------------------------
 
 
-@trains
 @pytest.mark.parametrize("example", [char_lm, translation])
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_srste_pulls_pruned_weights_only(example, mode):
@@ -395,8 +425,9 @@ def test_srste_pulls_pruned_weights_only(example, mode):
     args = (100,) if example is translation else ()
     tx = example.make_optimizer("srste", plan, *args, options)
     grads = jax.tree.map(jnp.zeros_like, params)
-    _, state = tx.update(grads, tx.init(params), params)  # with a learning rate of 0
-    updates, state = tx.update(grads, state, params)
+    with trains():  # twice, because the first step has a learning rate of 0
+        _, state = tx.update(grads, tx.init(params), params)
+        updates, state = tx.update(grads, state, params)
     assert (updates["kernel"][:2] < 0).all()
     assert (updates["kernel"][2:] == 0).all()
 
