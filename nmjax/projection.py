@@ -158,7 +158,7 @@ def sparsify(
     r"""Make params sparse in the forward pass, with straight-through gradients.
 
     .. math:: \tilde W = E \odot W, \qquad
-       rac{\partial L}{\partial W} := \frac{\partial L}{\partial \tilde W}
+       \frac{\partial L}{\partial W} := \frac{\partial L}{\partial \tilde W}
 
     The gradient reaches every weight, dropped ones too, so that they can return.
 
