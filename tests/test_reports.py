@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nmjax import reports
-from nmjax.reports import plots, tables
+from nmjax.reports import plots, series, tables
 
 
 def history(steps=12, layers=3, seed=0, changing=False):
@@ -340,8 +340,8 @@ def test_comparison_draws_mean_and_range_over_seeds(monkeypatch, tmp_path):
 
 def test_long_lines_are_drawn_as_means():
     steps, values = np.arange(1001.0), np.ones(1001)
-    thin_steps, thin_values = plots.thin(steps, values)
-    assert len(thin_steps) == len(thin_values) == plots.MAX_POINTS
+    thin_steps, thin_values = series.thin(steps, values)
+    assert len(thin_steps) == len(thin_values) == series.MAX_POINTS
     assert (np.diff(thin_steps) > 0).all() and (thin_values == 1.0).all()
     np.testing.assert_allclose(np.average(thin_steps), 500.0, atol=0.5)
 
@@ -358,7 +358,7 @@ def test_long_lines_are_drawn_as_means():
     ],
 )
 def test_labels_leave_out_what_all_layers_share(layers, names):
-    assert plots.short_names(layers) == names
+    assert series.short_names(layers) == names
 
 
 def test_plots_of_nothing_are_refused(tmp_path):

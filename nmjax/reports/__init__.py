@@ -23,7 +23,8 @@ from nmjax.reports.history import (
     rows,
     write_json,
 )
-from nmjax.reports.plots import PANELS, plot_comparison, plot_history
+from nmjax.reports.plots import plot_comparison, plot_history
+from nmjax.reports.series import PANELS
 from nmjax.reports.tables import markdown, print_table, rich_table, summarize, table
 
 __all__ = [
