@@ -12,6 +12,7 @@ from nmjax.masks.ordering import (
     check_n_of_m,
     order_keys,
     split_axis,
+    sum_dtype,
 )
 from nmjax.masks.ranking import keep_highest
 
@@ -116,8 +117,8 @@ def vnm_mask(
     check_multiple(scores.shape, vector_axis, v, "v")
     blocks = split_axis(scores, vector_axis, v)
     moved = axis + (vector_axis < axis)
-    wide = jnp.promote_types(scores.dtype, jnp.float32)
-    sums = jnp.sum(blocks.astype(wide), axis=vector_axis + 1, keepdims=True)
+    wide = blocks.astype(sum_dtype(scores.dtype))
+    sums = jnp.sum(wide, axis=vector_axis + 1, keepdims=True)
     chosen = keep_highest(order_keys(sums), 4, m, moved)
     keys = order_keys(blocks)
     # Below every score, and still one above the lowest integer: see keep_highest.

@@ -69,6 +69,11 @@ def as_scores(scores: Shaped[ArrayLike, "..."]) -> Array:
     return scores
 
 
+def sum_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the dtype that scores of dtype are added in: float32, or float64."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def as_count(k, size: int, what: str) -> int | jax.Array:
     """Check that k is an integer from 0 to size; a traced k is only type checked."""
     if isinstance(k, bool | np.bool_):

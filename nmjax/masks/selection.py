@@ -5,15 +5,14 @@ devices, so a sharded array is never gathered.
 """
 
 import math
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PyTree, Shaped
 
+from nmjax.masks.counting import select_highest
 from nmjax.masks.ordering import as_axes, as_count, as_scores, order_keys
 
 __all__ = ["fan_in_mask", "global_topk_mask", "topk_mask"]
@@ -67,7 +66,8 @@ def topk_mask(
         return jnp.zeros(shape, bool)
     if not shape:
         return topk_mask(scores.reshape(1), k)[0]
-    [mask] = _select([order_keys(scores)], k, axes)
+    whole = None if len(axes) == len(shape) else tuple(sorted(axes))
+    [mask] = select_highest([order_keys(scores)], jnp.asarray(k, jnp.int32), whole)
     return mask
 
 
@@ -113,7 +113,7 @@ def global_topk_mask(tree: PyTree, k: Count) -> PyTree:
         keys = [
             order_keys(leaf.astype(wide)).reshape(leaf.shape or (1,)) for leaf in full
         ]
-        found = iter(_select(keys, k, None))
+        found = iter(select_highest(keys, jnp.asarray(k, jnp.int32), None))
     masks = [
         next(found).reshape(leaf.shape) if leaf.size else jnp.zeros(leaf.shape, bool)
         for leaf in leaves
@@ -157,88 +157,3 @@ def fan_in_mask(
             f"neuron_axes={neuron_axes} leaves no fan-in axis of shape {scores.shape}"
         )
     return topk_mask(scores, k, fan_in)
-
-
-def _select(
-    keys: Sequence[Array], k: int | Array, axes: tuple[int, ...] | None
-) -> list[Array]:
-    """Select the k highest keys: over all arrays together, or along axes of one."""
-    if axes is None:
-        sizes = [key.size for key in keys]
-        axes_of = [tuple(range(key.ndim)) for key in keys]
-    else:
-        sizes = [math.prod(keys[0].shape[axis] for axis in axes)]
-        axes_of = [axes]
-    total = sum(sizes)
-    if total > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"k entries are chosen among {total}, but counts are 32-bit integers: at "
-            "most 2**31 - 1 entries can be ranked together; choose per leaf or axis"
-        )
-    k = jnp.asarray(k, jnp.int32)
-
-    def count(flags: Sequence[Array]) -> Array:
-        counts = [
-            jnp.sum(flag, axis=axis, keepdims=axes is not None, dtype=jnp.int32)
-            for flag, axis in zip(flags, axes_of, strict=True)
-        ]
-        return sum(counts[1:], counts[0])
-
-    zero = count([key != key for key in keys])
-    width = 8 * keys[0].dtype.itemsize
-    threshold, reached = _bisect(keys, k, zero, total, width, count)
-    above = [key > threshold for key in keys]
-    equal = [key == threshold for key in keys]
-
-    def break_ties() -> list[Array]:
-        ranks = _reversed_indices(keys, axes_of, sizes)
-        tied = [
-            jnp.where(a, total, jnp.where(e, rank, -1))
-            for a, e, rank in zip(above, equal, ranks, strict=True)
-        ]
-        bound, _ = _bisect(tied, k, zero, total, 32, count)
-        return [(rank >= bound) & (rank >= 0) for rank in tied]
-
-    def keep_equal() -> list[Array]:
-        return [a | e for a, e in zip(above, equal, strict=True)]
-
-    return lax.cond(jnp.all(reached == k), keep_equal, break_ties)
-
-
-def _bisect(
-    keys: Sequence[Array],
-    k: Array,
-    zero: Array,
-    total: int,
-    width: int,
-    count: Callable[[Sequence[Array]], Array],
-) -> tuple[Array, Array]:
-    """Find the largest threshold with at least k keys at or above it, and its count."""
-    dtype = keys[0].dtype
-
-    def body(i, state):
-        low, reached = state
-        step = jnp.asarray(1, dtype) << (width - 1 - i).astype(dtype)
-        # The first step adds half the range to the lowest integer and gives 0.
-        middle = low + step
-        found = count([key >= middle for key in keys])
-        enough = found >= k
-        return jnp.where(enough, middle, low), jnp.where(enough, found, reached)
-
-    low = zero.astype(dtype) + jnp.asarray(jnp.iinfo(dtype).min, dtype)
-    return lax.fori_loop(0, width, body, (low, zero + total))
-
-
-def _reversed_indices(
-    keys: Sequence[Array], axes_of: Sequence[tuple[int, ...]], sizes: Sequence[int]
-) -> list[Array]:
-    """Number the entries of every slice from the last to the first, across arrays."""
-    left, indices = sum(sizes) - 1, []
-    for key, axes, size in zip(keys, axes_of, sizes, strict=True):
-        index = jnp.zeros(key.shape, jnp.int32)
-        for axis in axes:
-            step = lax.broadcasted_iota(jnp.int32, key.shape, axis)
-            index = index * key.shape[axis] + step
-        indices.append(left - index)
-        left -= size
-    return indices

@@ -13,6 +13,7 @@ from nmjax.masks.ordering import (
     as_count,
     as_scores,
     check_multiple,
+    sum_dtype,
 )
 from nmjax.masks.selection import Count, topk_mask
 
@@ -79,8 +80,8 @@ def block_mask(
     k = as_count(k, blocks, "number of blocks of a slice")
     split = tuple(np.stack([grid, lengths], axis=1).reshape(-1).tolist())
     inner = tuple(range(1, 2 * len(shape), 2))
-    wide = jnp.promote_types(scores.dtype, jnp.float32)
-    sums = jnp.sum(scores.reshape(split).astype(wide), axis=inner)
+    wide = scores.reshape(split).astype(sum_dtype(scores.dtype))
+    sums = jnp.sum(wide, axis=inner)
     mask = topk_mask(sums, k, chosen_along)
     return jnp.broadcast_to(jnp.expand_dims(mask, inner), split).reshape(shape)
 
@@ -123,6 +124,6 @@ def channel_mask(
         raise ValueError(f"axis {axis} is also in batch_axes={batch}")
     k = as_count(k, shape[axis], "number of channels")
     others = tuple(i for i in range(len(shape)) if i != axis and i not in batch)
-    wide = jnp.promote_types(scores.dtype, jnp.float32)
-    sums = jnp.sum(scores.astype(wide), axis=others, keepdims=True)
+    wide = scores.astype(sum_dtype(scores.dtype))
+    sums = jnp.sum(wide, axis=others, keepdims=True)
     return jnp.broadcast_to(topk_mask(sums, k, axis), shape)

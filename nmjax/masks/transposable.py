@@ -1,13 +1,21 @@
 """Transposable N:M masks: n kept entries in every row and column of m x m blocks."""
 
 import itertools
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Shaped
 
-from nmjax.masks.ordering import as_axes, as_scores, check_multiple, check_n_of_m
+from nmjax.masks.ordering import (
+    as_axes,
+    as_scores,
+    check_multiple,
+    check_n_of_m,
+    sum_dtype,
+)
 from nmjax.masks.ranking import stop_fusion
 
 __all__ = ["transposable_nm_mask"]
@@ -66,6 +74,12 @@ def transposable_nm_mask(
     if n == m:
         return jnp.ones(scores.shape, bool)
     first, second = sorted(block_axes)
+    return _search(scores, n, m, first, second)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _search(scores: Array, n: int, m: int, first: int, second: int) -> Array:
+    """Split both axes in place and search every m x m block."""
     shape = scores.shape
     split = (
         *shape[:first],
@@ -76,13 +90,13 @@ def transposable_nm_mask(
     )
     blocks = _finite_scores(scores).reshape(split)
     inner = (first + 1, second + 2)
-    search = _best_pattern if (n, m) == (2, 4) else _exchange_rows
-    return search(blocks, n, inner).reshape(shape)
+    find = _best_pattern if (n, m) == (2, 4) else _exchange_rows
+    return find(blocks, n, inner).reshape(shape)
 
 
 def _finite_scores(scores: Array) -> Array:
     """Scale scores so that sums stay finite, and give inf and NaN large values."""
-    wide = jnp.promote_types(scores.dtype, jnp.float32)
+    wide = sum_dtype(scores.dtype)
     scores = scores.astype(wide)
     largest = float(jnp.finfo(wide).max)
     scaled = jnp.clip(scores * 2.0**-12, -largest * 2.0**-8, largest * 2.0**-8)
