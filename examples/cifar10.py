@@ -17,245 +17,18 @@ To add a method, write a function like `srste` below and name it in `METHODS`.
 
 import argparse
 import functools
-import pathlib
-import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import common
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from images import Data, augment, load_cifar10, load_digits
+from resnets import MODELS, ResNet
 
 import nmjax as nm
-
-# Data -------------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    """A data set in memory: images are uint8 ``(n, height, width, channels)``."""
-
-    name: str
-    images: np.ndarray
-    labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    pad: int  # random crops move by up to this many pixels
-    flip: bool
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Loads arrays and plain values and nothing else: data should not run code."""
-
-    allowed = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),  # written by NumPy 1
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),  # bytes, written by Python 3 in an old protocol
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(
-                f"{module}.{name} does not belong in a file of images and labels"
-            )
-        return super().find_class(module, name)
-
-
-def read_binary(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read images ``(n, 3, 32, 32)`` and labels of a file of the binary version."""
-    records = np.fromfile(path, np.uint8)
-    if records.size == 0 or records.size % 3073:
-        raise ValueError(
-            f"{path} has {records.size} bytes, which is not a multiple of 3073 (one "
-            "label and 32 x 32 x 3 pixels): the file is incomplete, fetch it again"
-        )
-    records = records.reshape(-1, 3073)
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int32)
-
-
-def read_pickle(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read images ``(n, 3, 32, 32)`` and labels of a file of the Python version."""
-    with path.open("rb") as file:
-        batch = _ArrayUnpickler(file, encoding="bytes").load()
-    return batch[b"data"].reshape(-1, 3, 32, 32), np.asarray(batch[b"labels"], np.int32)
-
-
-def load_cifar10(data_dir: pathlib.Path) -> Data:
-    """Read CIFAR-10, from whichever official version is there.
-
-    Args:
-      data_dir: The folder of the batches, or the folder that contains it.
-
-    Returns:
-      The 50,000 training and the 10,000 test images.
-
-    Raises:
-      FileNotFoundError: If no version is found.
-    """
-    for ending, read, usual in (
-        (".bin", read_binary, "cifar-10-batches-bin"),
-        ("", read_pickle, "cifar-10-batches-py"),
-    ):
-        for folder in (data_dir, data_dir / usual):
-            files = [folder / f"data_batch_{i}{ending}" for i in range(1, 6)]
-            files.append(folder / f"test_batch{ending}")
-            if all(file.is_file() for file in files):
-                images, labels = zip(*map(read, files), strict=True)
-                images = [x.transpose(0, 2, 3, 1) for x in images]
-                return Data(
-                    "cifar10",
-                    np.concatenate(images[:5]),
-                    np.concatenate(labels[:5]),
-                    np.ascontiguousarray(images[5]),
-                    labels[5],
-                    pad=4,
-                    flip=True,
-                )
-    raise FileNotFoundError(
-        f"{data_dir} has neither data_batch_1.bin ... test_batch.bin nor data_batch_1 "
-        "... test_batch, all six, and no folder cifar-10-batches-bin or "
-        "cifar-10-batches-py with them: give the unpacked folder of "
-        "https://www.cs.toronto.edu/~kriz/cifar.html"
-    )
-
-
-def load_digits() -> Data:
-    """Return scikit-learn's 1797 digits, 8x8 grey: 1257 to train on and 540 to test."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    images = images.astype(np.uint8).reshape(-1, 8, 8, 1)
-    labels = labels.astype(np.int32)
-    order = np.random.default_rng(0).permutation(
-        len(labels)
-    )  # same split for all seeds
-    test, train = order[:540], order[540:]
-    return Data(
-        "digits", images[train], labels[train], images[test], labels[test], 1, False
-    )
-
-
-def augment(images: jax.Array, key: jax.Array, pad: int, flip: bool) -> jax.Array:
-    """Move every image by up to ``pad`` pixels, zeros coming in, and flip half of them.
-
-    Args:
-      images: ``(batch, height, width, channels)``, any dtype.
-      key: PRNG key.
-      pad: Largest shift.
-      flip: Whether to mirror left and right at random.
-
-    Returns:
-      Same shape and dtype.
-    """
-    batch, height, width, channels = images.shape
-    key_crop, key_flip = jax.random.split(key)
-    offsets = jax.random.randint(key_crop, (batch, 2), 0, 2 * pad + 1)
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    images = jax.vmap(
-        lambda image, at: jax.lax.dynamic_slice(
-            image, (at[0], at[1], 0), (height, width, channels)
-        )
-    )(padded, offsets)
-    if not flip:
-        return images
-    mirror = jax.random.bernoulli(key_flip, shape=(batch, 1, 1, 1))
-    return jnp.where(mirror, images[:, :, ::-1], images)
-
-
-# Models -----------------------------------------------------------------------------
-
-_conv = functools.partial(
-    nn.Conv,
-    use_bias=False,
-    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-)
-_conv3x3 = functools.partial(_conv, kernel_size=(3, 3), padding=1)
-_norm = functools.partial(nn.BatchNorm, momentum=0.9)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, activations after the sum (ResNet)."""
-
-    width: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Map ``(batch, h, w, c)`` to ``(batch, h / stride, w / stride, width)``."""
-        norm = functools.partial(_norm, use_running_average=not train)
-        y = _conv3x3(self.width, strides=self.stride)(x)
-        y = _conv3x3(self.width)(nn.relu(norm()(y)))
-        y = norm(scale_init=nn.initializers.zeros)(y)
-        if x.shape != y.shape:
-            x = _conv(self.width, (1, 1), strides=self.stride, name="shortcut")(x)
-            x = norm(name="shortcut_norm")(x)
-        return nn.relu(x + y)
-
-
-class WideBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, activations first (wide ResNet)."""
-
-    width: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Map ``(batch, h, w, c)`` to ``(batch, h / stride, w / stride, width)``."""
-        norm = functools.partial(_norm, use_running_average=not train)
-        y = nn.relu(norm()(x))
-        if x.shape[-1] != self.width or self.stride > 1:
-            x = _conv(self.width, (1, 1), strides=self.stride, name="shortcut")(y)
-        y = _conv3x3(self.width, strides=self.stride)(y)
-        return x + _conv3x3(self.width)(nn.relu(norm()(y)))
-
-
-class ResNet(nn.Module):
-    """A residual network for small images: 3x3 stem, stages of blocks, linear head.
-
-    Attributes:
-      block: `BasicBlock` or `WideBlock`.
-      stages: Blocks per stage. Every stage after the first halves the image.
-      width: Channels of the stem; stage ``i`` has ``width * widen * 2 ** i``.
-      widen: Factor of the wide networks.
-      classes: Classes to tell apart.
-    """
-
-    block: type[nn.Module]
-    stages: tuple[int, ...]
-    width: int
-    widen: int = 1
-    classes: int = 10
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Map images ``(batch, h, w, c)`` to logits ``(batch, classes)``."""
-        preactivated = self.block is WideBlock
-        x = _conv3x3(self.width, name="stem")(x)
-        if not preactivated:
-            x = nn.relu(_norm(use_running_average=not train, name="norm")(x))
-        for stage, count in enumerate(self.stages):
-            for index in range(count):
-                stride = 2 if stage > 0 and index == 0 else 1
-                name = f"stage{stage}_block{index}"
-                width = self.width * self.widen * 2**stage
-                x = self.block(width, stride, name=name)(x, train)
-        if preactivated:
-            x = nn.relu(_norm(use_running_average=not train, name="norm")(x))
-        return nn.Dense(self.classes, name="head")(x.mean(axis=(1, 2)))
-
-
-MODELS = {  # name -> (usual width, constructor from a width)
-    "resnet6": (64, functools.partial(ResNet, BasicBlock, (1, 1))),
-    "resnet10": (64, functools.partial(ResNet, BasicBlock, (1, 1, 1, 1))),
-    "resnet18": (64, functools.partial(ResNet, BasicBlock, (2, 2, 2, 2))),
-    "wrn22-2": (16, functools.partial(ResNet, WideBlock, (3, 3, 3), widen=2)),
-}
 
 # Methods ----------------------------------------------------------------------------
 
@@ -289,8 +62,12 @@ def dense(plan: nm.Plan, sgd: optax.GradientTransformation, _: Settings) -> Reci
 
 def one_shot(plan: nm.Plan, sgd: optax.GradientTransformation, _: Settings) -> Recipe:
     """Train all weights, then prune by magnitude and do not train again."""
-    finish = lambda params, _: nm.project(params, plan)  # noqa: E731
-    return Recipe(sgd, finish=finish, trained_as="dense", sparse=False)
+    return Recipe(
+        sgd,
+        finish=lambda params, _: nm.project(params, plan),
+        trained_as="dense",
+        sparse=False,
+    )
 
 
 def ste(plan: nm.Plan, sgd: optax.GradientTransformation, _: Settings) -> Recipe:

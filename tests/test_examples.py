@@ -3,7 +3,10 @@
 Examples are scripts, not modules of the package: `example` loads one by its file name.
 """
 
+import contextlib
+import functools
 import importlib
+import io
 import os
 import pathlib
 import pickle
@@ -17,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import nmjax as nm
+
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
@@ -29,6 +34,8 @@ def example(name):
 
 common = example("common")
 cifar10 = example("cifar10")
+images = example("images")
+resnets = example("resnets")
 
 
 def assert_same_bits(actual, expected):
@@ -54,9 +61,8 @@ def toy_state():
 def toy_train(run_dir, steps, **keywords):
     config = {"rate": 0.9, **keywords.pop("config", {})}
     settings = {"save_every": 4, "log_every": 2, "config": config} | keywords
-    batch_at = lambda i: jnp.float32(i)  # noqa: E731
     return common.train(
-        toy_step, toy_state(), batch_at, steps=steps, run_dir=run_dir, **settings
+        toy_step, toy_state(), jnp.float32, steps=steps, run_dir=run_dir, **settings
     )
 
 
@@ -133,23 +139,23 @@ def test_mean_std_is_the_sample_deviation():
 @pytest.fixture(scope="module")
 def batches():
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (6, 4, 3072), dtype=np.uint8)
-    return images, rng.integers(0, 10, (6, 4))
+    pixels = rng.integers(0, 256, (6, 4, 3072), dtype=np.uint8)
+    return pixels, rng.integers(0, 10, (6, 4))
 
 
 def write_binary(folder, batches):
     folder.mkdir(parents=True)
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-    for name, images, labels in zip(names, *batches, strict=True):
-        records = np.concatenate([labels[:, None].astype(np.uint8), images], axis=1)
+    for name, pixels, labels in zip(names, *batches, strict=True):
+        records = np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1)
         (folder / name).write_bytes(records.tobytes())
 
 
 def write_pickles(folder, batches):
     folder.mkdir(parents=True)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    for name, images, labels in zip(names, *batches, strict=True):
-        batch = {b"data": images, b"labels": labels.tolist(), b"batch_label": b"x"}
+    for name, pixels, labels in zip(names, *batches, strict=True):
+        batch = {b"data": pixels, b"labels": labels.tolist(), b"batch_label": b"x"}
         # The official files are of protocol 2 and name numpy.core, as NumPy 1 did.
         data = pickle.dumps(batch, protocol=2).replace(b"numpy._core", b"numpy.core")
         (folder / name).write_bytes(data)
@@ -158,12 +164,12 @@ def write_pickles(folder, batches):
 def test_both_official_formats_give_the_same_images(tmp_path, batches):
     write_binary(tmp_path / "a" / "cifar-10-batches-bin", batches)
     write_pickles(tmp_path / "b" / "cifar-10-batches-py", batches)
-    binary = cifar10.load_cifar10(tmp_path / "a")
-    python = cifar10.load_cifar10(tmp_path / "b" / "cifar-10-batches-py")
-    images, labels = batches
+    binary = images.load_cifar10(tmp_path / "a")
+    python = images.load_cifar10(tmp_path / "b" / "cifar-10-batches-py")
+    pixels, labels = batches
     assert binary.images.shape == (20, 32, 32, 3)
     # Channels come first in a record: pixel (row 1, column 2) of green.
-    assert binary.images[4, 1, 2, 1] == images[1, 0, 1024 + 32 + 2]
+    assert binary.images[4, 1, 2, 1] == pixels[1, 0, 1024 + 32 + 2]
     assert binary.test_labels.tolist() == labels[5].tolist()
     for a, b in zip(binary, python, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -174,25 +180,25 @@ def test_truncated_binary_file_is_an_error(tmp_path, batches):
     path = tmp_path / "x" / "data_batch_3.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="data_batch_3.bin has 12291 bytes"):
-        cifar10.load_cifar10(tmp_path / "x")
+        images.load_cifar10(tmp_path / "x")
 
 
 def test_missing_data_is_an_error_that_says_what_to_fetch(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="(?s)data_batch_1.bin .*cs.toronto.edu"
     ):
-        cifar10.load_cifar10(tmp_path)
+        images.load_cifar10(tmp_path)
 
 
 def test_pickle_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "data_batch_1"
     path.write_bytes(pickle.dumps({b"data": os.system}))
     with pytest.raises(pickle.UnpicklingError, match="does not belong"):
-        cifar10.read_pickle(path)
+        images.read_pickle(path)
 
 
 def test_digits_are_split_once_and_for_all():
-    data = cifar10.load_digits()
+    data = images.load_digits()
     assert data.images.shape == (1257, 8, 8, 1)
     assert data.test_images.shape == (540, 8, 8, 1)
     pairs = {x.tobytes() for x in data.images} & {x.tobytes() for x in data.test_images}
@@ -201,12 +207,12 @@ def test_digits_are_split_once_and_for_all():
 
 
 def test_augment_shifts_and_mirrors_every_image():
-    images = np.arange(1, 1 + 64 * 4 * 5 * 2).reshape(64, 4, 5, 2)
+    originals = np.arange(1, 1 + 64 * 4 * 5 * 2).reshape(64, 4, 5, 2)
     key = jax.random.key(0)
-    out = np.asarray(cifar10.augment(jnp.asarray(images), key, pad=2, flip=True))
-    padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)])
+    moved = images.augment(jnp.asarray(originals), key, pad=2, flip=True)
+    padded = np.pad(originals, [(0, 0), (2, 2), (2, 2), (0, 0)])
     seen = set()
-    for image, result in zip(padded, out, strict=True):
+    for image, result in zip(padded, np.asarray(moved), strict=True):
         found = [
             (top, left, mirror)
             for top in range(5)
@@ -220,14 +226,21 @@ def test_augment_shifts_and_mirrors_every_image():
     assert {place[2] for place in seen} == {1, -1}
 
 
+def test_digits_are_shifted_but_not_mirrored():
+    data = images.load_digits()
+    assert (data.pad, data.flip) == (1, False)
+    x = jnp.asarray(data.images[:4])
+    assert (images.augment(x, jax.random.key(0), pad=0, flip=False) == x).all()
+
+
 # Models of CIFAR-10 -----------------------------------------------------------------
 
 
 def abstract_params(name, width):
-    model = cifar10.MODELS[name][1](width)
+    model = resnets.MODELS[name][1](width)
     blank = jnp.zeros((1, 32, 32, 3))
-    init = lambda: model.init(jax.random.key(0), blank, False)  # noqa: E731
-    return jax.eval_shape(init)["params"]
+    init = functools.partial(model.init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), blank)["params"]
 
 
 @pytest.mark.parametrize(
@@ -240,8 +253,6 @@ def test_models_have_the_published_number_of_parameters(name, width, expected):
 
 
 def test_plan_leaves_stem_and_head_dense():
-    import nmjax as nm
-
     plan = nm.plan(abstract_params("resnet18", 16), nm.NM(2, 4), skip="head")
     dense = {p.path for p in plan.leaves if p.path.endswith("kernel")} - {
         p.path for p in plan.sparse_leaves
@@ -258,29 +269,68 @@ def test_pattern_option_says_what_it_wants(capsys):
 
 # The script -------------------------------------------------------------------------
 
-SMOKE = ["--smoke", "--method", "srste", "--epochs", "3"]
+METHODS = ["dense", "one_shot", "ste", "srste"]
 
 
-def test_smoke_trains_saves_and_reloads_every_method(tmp_path, capsys):
-    methods = ["dense", "one_shot", "ste", "srste"]
-    rows = cifar10.main(["--smoke", "--out", str(tmp_path), "--method", *methods])
-    assert [row["method"] for row in rows] == methods
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Run the script once: its trainer, rows and printed text."""
+    kept = []
+
+    class Kept(cifar10.Trainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            kept.append(self)
+
+    out = tmp_path_factory.mktemp("smoke")
+    arguments = ["--smoke", "--epochs", "3", "--out", str(out), "--method", *METHODS]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(cifar10, "Trainer", Kept)
+        rows = cifar10.main(arguments)
+    return kept[0], rows, printed.getvalue()
+
+
+def test_script_trains_saves_and_reloads_every_method(smoke):
+    trainer, rows, printed = smoke
+    assert [row["method"] for row in rows] == METHODS
     assert [row["density"] for row in rows] == [1.0, 0.5, 0.5, 0.5]
     for row in rows:
         assert row["reloaded"] == row["accuracy"]
     assert rows[1]["as_trained"] == rows[0]["accuracy"]
-    assert not (tmp_path / "one_shot-seed0" / "checkpoints").exists()
-    files = {path.name for path in tmp_path.iterdir()}
+    out = trainer.settings.out
+    assert not (out / "one_shot-seed0" / "checkpoints").exists()
+    files = {path.name for path in out.iterdir()}
     assert files >= {"results.json", "training.png", "srste-seed0.png"}
-    printed = capsys.readouterr().out
     assert "| srste    | 1     | 0.50    |" in printed
 
 
-def test_killed_run_resumes_to_the_same_bits(tmp_path):
-    settings = cifar10.parse([*SMOKE, "--out", str(tmp_path / "whole")])
-    trainer = cifar10.Trainer(cifar10.load(settings), settings)
-    assert trainer.steps == 24
-    whole, whole_history = trainer.train("srste", 0)
+def test_saved_network_is_exactly_sparse(smoke):
+    trainer, _, _ = smoke
+    like = trainer.initialise(0)
+    model = common.load_model(trainer.settings.out / "srste-seed0" / "model", like)
+    for leaf in trainer.plan.sparse_leaves:
+        kernel = functools.reduce(
+            lambda x, k: x[k], leaf.path.split("/"), model["params"]
+        )
+        groups = np.moveaxis(np.asarray(kernel), -2, -1).reshape(-1, 4)
+        assert (np.count_nonzero(groups, axis=1) == 2).all()
+
+
+def test_dense_run_logs_flips_but_no_density(smoke, monkeypatch):
+    trainer, _, _ = smoke
+    monkeypatch.setattr(trainer.settings, "resume", True)
+    _, dense = trainer.train("dense", 0)
+    _, srste = trainer.train("srste", 0)
+    assert "flip_rate" in dense and "density" not in dense
+    assert set(srste["density"]) == {0.5}
+    assert srste["step"] == list(range(2, 26, 2))
+
+
+def test_killed_run_resumes_to_the_same_bits(smoke, tmp_path, monkeypatch):
+    trainer, _, _ = smoke
+    monkeypatch.setattr(trainer.settings, "resume", True)
+    whole, whole_history = trainer.train("srste", 0)  # as its last checkpoint has it
 
     # Step 12 has just begun to be saved when the process is killed.
     script = textwrap.dedent(
@@ -298,8 +348,8 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
         cifar10.main(sys.argv[1:])
         """
     )
-    out = tmp_path / "killed"
-    command = [sys.executable, "-c", script, *SMOKE, "--out", str(out)]
+    arguments = ["--smoke", "--epochs", "3", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", script, *arguments, "--method", "srste"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(EXAMPLES),
@@ -307,12 +357,13 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
     }
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    with common.Checkpoints(out / "srste-seed0" / "checkpoints") as checkpoints:
+    with common.Checkpoints(tmp_path / "srste-seed0" / "checkpoints") as checkpoints:
         step, *_ = checkpoints.restore(whole)
     assert step in (8, 12)
 
-    settings.out, settings.resume = out, True
+    monkeypatch.setattr(trainer.settings, "out", tmp_path)
     resumed, history = trainer.train("srste", 0)
     assert_same_bits(resumed, whole)
-    del history["seconds"], whole_history["seconds"]
-    assert history == whole_history
+    assert history["step"] == whole_history["step"]
+    assert history["loss"] == whole_history["loss"]
+    assert history["flip_rate"] == whole_history["flip_rate"]
