@@ -302,3 +302,21 @@ def test_two_phases_or_masks_in_one_state_are_errors(params, plan):
         nm.sparse_phase(state)
     with pytest.raises(ValueError, match="two transforms .* mask for the same leaf"):
         nm.masks(state)
+
+
+def test_forward_and_stage_share_one_mask_in_a_jitted_step(params, plan):
+    def comparisons(tx, weights):
+        def step(params, state):
+            grads = jax.grad(lambda p: loss(p, lambda q: nm.sparsify(q, plan)))(params)
+            updates, state = tx.update(grads, state, weights(params))
+            return optax.apply_updates(params, updates), state
+
+        compiled: Any = jax.jit(step).lower(params, tx.init(params)).compile()
+        return compiled.as_text().count(" compare(")
+
+    plain = comparisons(optax.sgd(RATE), lambda p: p)
+    tx = optax.chain(srste(plan, DECAY), optax.sgd(RATE))
+    shared = comparisons(tx, lambda p: p)
+    apart = comparisons(tx, lambda p: jax.tree.map(lambda w: w + 1.0, p))
+    # A few decode the shared mask again; twelve would compute another one.
+    assert shared - plain <= 2 and apart - plain >= 10
