@@ -140,3 +140,10 @@ def split_axis(x: Array, axis: int, m: int) -> Array:
     """Split one axis in place into (groups, m): no shard of it has to move."""
     shape = x.shape
     return x.reshape(shape[:axis] + (shape[axis] // m, m) + shape[axis + 1 :])
+
+
+def merge_axis(x: Array, axis: int) -> Array:
+    """Merge axis with the one after it, the inverse of `split_axis`."""
+    shape = x.shape
+    merged = shape[axis] * shape[axis + 1]
+    return x.reshape(shape[:axis] + (merged,) + shape[axis + 2 :])

@@ -3,7 +3,6 @@
 import math
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Shaped
 
@@ -13,6 +12,8 @@ from nmjax.masks.ordering import (
     as_count,
     as_scores,
     check_multiple,
+    merge_axis,
+    split_axis,
     sum_dtype,
 )
 from nmjax.masks.selection import Count, topk_mask
@@ -78,12 +79,16 @@ def block_mask(
     chosen_along = tuple(axis for axis in range(len(shape)) if axis not in batch)
     blocks = math.prod(grid[axis] for axis in chosen_along)
     k = as_count(k, blocks, "number of blocks of a slice")
-    split = tuple(np.stack([grid, lengths], axis=1).reshape(-1).tolist())
+    # One axis at a time: an Explicit mesh does not take two in one reshape.
+    wide = scores.astype(sum_dtype(scores.dtype))
+    for axis in reversed(range(len(shape))):
+        wide = split_axis(wide, axis, lengths[axis])
     inner = tuple(range(1, 2 * len(shape), 2))
-    wide = scores.reshape(split).astype(sum_dtype(scores.dtype))
-    sums = jnp.sum(wide, axis=inner)
-    mask = topk_mask(sums, k, chosen_along)
-    return jnp.broadcast_to(jnp.expand_dims(mask, inner), split).reshape(shape)
+    mask = topk_mask(jnp.sum(wide, axis=inner), k, chosen_along)
+    mask = jnp.expand_dims(mask, inner) & jnp.ones_like(wide, bool)
+    for axis in range(len(shape)):
+        mask = merge_axis(mask, axis)
+    return mask
 
 
 def channel_mask(
@@ -126,4 +131,4 @@ def channel_mask(
     others = tuple(i for i in range(len(shape)) if i != axis and i not in batch)
     wide = scores.astype(sum_dtype(scores.dtype))
     sums = jnp.sum(wide, axis=others, keepdims=True)
-    return jnp.broadcast_to(topk_mask(sums, k, axis), shape)
+    return topk_mask(sums, k, axis) & jnp.ones_like(scores, bool)

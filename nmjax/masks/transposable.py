@@ -14,6 +14,8 @@ from nmjax.masks.ordering import (
     as_scores,
     check_multiple,
     check_n_of_m,
+    merge_axis,
+    split_axis,
     sum_dtype,
 )
 from nmjax.masks.ranking import stop_fusion
@@ -80,18 +82,11 @@ def transposable_nm_mask(
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _search(scores: Array, n: int, m: int, first: int, second: int) -> Array:
     """Split both axes in place and search every m x m block."""
-    shape = scores.shape
-    split = (
-        *shape[:first],
-        *(shape[first] // m, m),
-        *shape[first + 1 : second],
-        *(shape[second] // m, m),
-        *shape[second + 1 :],
-    )
-    blocks = _finite_scores(scores).reshape(split)
+    # One axis at a time: an Explicit mesh does not take two in one reshape.
+    blocks = split_axis(split_axis(_finite_scores(scores), second, m), first, m)
     inner = (first + 1, second + 2)
     find = _best_pattern if (n, m) == (2, 4) else _exchange_rows
-    return find(blocks, n, inner).reshape(shape)
+    return merge_axis(merge_axis(find(blocks, n, inner), first), second)
 
 
 def _finite_scores(scores: Array) -> Array:
@@ -170,6 +165,7 @@ def _exchange_rows(blocks: Array, n: int, inner: tuple[int, int]) -> Array:
     row = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     column = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     mask = lax.rem(column - row + m, jnp.int32(m)) < n
+    mask |= scores != scores  # never, but it gives the mask the sharding of the scores
     if m % 2:  # an empty row sits out in turn: it has nothing to exchange
         pad = [(0, 1, 0)] + [(0, 0, 0)] * (scores.ndim - 1)
         scores = lax.pad(scores, jnp.zeros((), scores.dtype), pad)
@@ -186,7 +182,7 @@ def _exchange_rows(blocks: Array, n: int, inner: tuple[int, int]) -> Array:
         index = column[:half]
         for j in range(m):
             other = lax.slice_in_dim(gain, j, j + 1, axis=1)
-            ahead = jnp.where(index > j, other >= gain, other > gain)
+            ahead = (other > gain) | ((other == gain) & (index > j))
             rank += (ahead & lax.slice_in_dim(free, j, j + 1, axis=1)).astype(jnp.int32)
         upper_takes = free & (rank < taken)
         new_upper = (upper & lower) | upper_takes
