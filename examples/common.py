@@ -371,16 +371,8 @@ def mean_std(values: Iterable[float], digits: int = 2) -> str:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as an aligned Markdown table, with the columns of the first row."""
-    names = list(rows[0])
-    cells = [names] + [[str(row.get(name, "")) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    """Return rows as an aligned Markdown table, every cell as it prints."""
+    return reports.markdown([{k: str(v) for k, v in row.items()} for row in rows])
 
 
 def nonzero_fraction(params: Any, plan: nm.Plan) -> float:
