@@ -289,6 +289,12 @@ class Trainer:
         self.accuracy = make_accuracy(self.model, data)
         self.epoch = len(data.labels) // settings.batch_size
         self.steps = self.epoch * settings.epochs
+        if self.steps < 1:
+            raise ValueError(
+                f"{settings.epochs} epochs of {len(data.labels)} images in batches of "
+                f"{settings.batch_size} have no step: make --batch-size smaller or "
+                "--epochs larger"
+            )
         self.compiled: dict[str, common.Step] = {}
 
     def initialise(self, seed: int) -> Any:
