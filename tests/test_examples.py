@@ -269,6 +269,7 @@ def test_pattern_option_says_what_it_wants(capsys):
 
 # The script -------------------------------------------------------------------------
 
+
 def test_batch_larger_than_the_subset_is_an_error():
     with pytest.raises(ValueError, match="64 images in batches of 100 have no step"):
         cifar10.main(["--smoke", "--batch-size", "100"])
