@@ -287,6 +287,14 @@ def test_bad_arguments_are_errors(plan, arguments, message):
         srste(plan, **arguments)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_something_else_than_a_plan_or_a_number_is_an_error(params, plan):
+    with pytest.raises(TypeError, match="plan must be made by nm.plan, got dict"):
+        srste(params)
+    with pytest.raises(TypeError, match="expected a number, a schedule or a scalar"):
+        srste(plan, "0.1")
+
+
 def test_masks_and_phase_of_a_state_without_them_are_errors(params, plan):
     state = optax.chain(srste(plan), optax.adam(0.1)).init(params)
     with pytest.raises(ValueError, match="no transform keeps masks in this state"):

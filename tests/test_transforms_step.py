@@ -156,12 +156,29 @@ def test_mean_change_is_over_all_weights_of_all_leaves():
         ({"start": 5, "threshold": 1e-8}, r"threshold=1e-08 belongs to the automatic"),
         ({"window": 0}, r"window=0 must be an integer >= 1"),
         ({"min_steps": 5, "max_steps": 3}, r"min_steps=5 is above max_steps=3"),
+        ({"eps": -1e-8}, r"eps=-1e-08 must be >= 0"),
         ({"threshold": 0.0}, r"threshold=0.0 must be > 0"),
     ],
 )
 def test_bad_arguments_are_errors(plan, arguments, message):
     with pytest.raises(ValueError, match=message):
         scale_by_step(plan, **arguments)
+
+
+def test_decay_may_be_a_schedule_of_the_step(params, plan):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates = []
+    for decay in (lambda step: 0.1 * step.astype(jnp.float32), 0.1):
+        tx = scale_by_step(plan, decay, b1=0.0, eps=1.0, start=1)
+        _, state = tx.update(zeros, tx.init(params), params)
+        updates.append(tx.update(zeros, state, params)[0]["kernel"])
+    assert (updates[0] == updates[1]).all() and (updates[0] != 0).any()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_something_else_than_a_plan_is_an_error(params):
+    with pytest.raises(TypeError, match="plan must be made by nm.plan, got dict"):
+        scale_by_step(params)
 
 
 def test_traced_window_is_an_error(params, plan):

@@ -70,6 +70,13 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be in [0, 1)")
 
 
+def check_eps(eps: Any) -> None:
+    """Raise unless the addend of a denominator is >= 0, or not known yet."""
+    number = concrete(eps)
+    if number is not None and not number >= 0:
+        raise ValueError(f"eps={eps!r} must be >= 0")
+
+
 def check_at_least(name: str, value: Any, least: int) -> None:
     """Raise unless a number of steps is an integer >= least, None or not known yet."""
     number = concrete(value)

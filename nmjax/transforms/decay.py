@@ -33,6 +33,7 @@ from nmjax.transforms.checks import (
     Schedule,
     check_at_least,
     check_decay,
+    check_eps,
     check_fit,
     check_fraction,
     check_params,
@@ -186,12 +187,11 @@ def srste(
       [1.0, 1.0, 2.0, 1.5]
 
     Reference:
-      Coupled: Zhou et al., 2021, arXiv 2102.04010, equation 9. Hybrid: Huang et al.,
-      2024, arXiv 2407.20584, section 3; their code divides :math:`r` by
-      :math:`1 - \beta_1^t`, decay included, and normalises by the second moment of
-      the uncorrected :math:`r`, which makes the first steps :math:`1 / (1 -
-      \beta_1)` times as long. Here :math:`m` is corrected before the term is added.
-      Refresh and dense fine-tuning: Hu et al., 2024, arXiv 2404.01847.
+      Coupled: Zhou et al., 2021, arXiv 2102.04010. Refresh and dense fine-tuning: Hu
+      et al., 2024, arXiv 2404.01847. Hybrid: Huang et al., 2024, arXiv 2407.20584;
+      their code divides all of :math:`r`, decay included, by :math:`1 - \beta_1^t`
+      and takes :math:`v` of the uncorrected :math:`r`, which makes the first steps
+      :math:`1 / (1 - \beta_1)` times as long. Here only :math:`m` is corrected.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be made by nm.plan, got {type(plan).__name__}")
@@ -261,8 +261,7 @@ def _check_arguments(decay, mode, learning_rate, b1, b2, eps) -> None:
             f"learning_rate={learning_rate!r} belongs to mode='decoupled'; in "
             f"mode={mode!r} the stages after this one apply it"
         )
-    adam = {"b1": b1, "b2": b2, "eps": eps}
-    for name, value in adam.items():
+    for name, value in {"b1": b1, "b2": b2, "eps": eps}.items():
         given = isinstance(value, float | int) and value != _ADAM_DEFAULTS[name]
         if mode != "hybrid" and given:
             raise ValueError(
@@ -271,9 +270,7 @@ def _check_arguments(decay, mode, learning_rate, b1, b2, eps) -> None:
             )
     check_fraction("b1", b1)
     check_fraction("b2", b2)
-    value = concrete(eps)
-    if value is not None and not value >= 0:
-        raise ValueError(f"eps={eps!r} must be >= 0")
+    check_eps(eps)
 
 
 def _init_phase(settings: _Settings, params: Params) -> SRSTEState | optax.EmptyState:
@@ -323,19 +320,10 @@ def _next_phase(
     return SRSTEState(count, kept, _is_sparse(settings, count))
 
 
-def _strength(
-    settings: _Settings, state: SRSTEState | optax.EmptyState
-) -> Float[jax.Array, "..."]:
-    """Give the factor of the pruned weights at this step."""
-    strength = _at_step(settings.decay, state)
-    if settings.learning_rate is not None:
-        strength = -_at_step(settings.learning_rate, state) * strength
-    return strength
-
-
 def _at_step(
     value: Scalar | Schedule, state: SRSTEState | optax.EmptyState
 ) -> Float[jax.Array, "..."]:
+    """Give the value of a scalar or a schedule at this step."""
     if callable(value):
         assert isinstance(state, SRSTEState)
         value = value(state.count)
@@ -352,19 +340,19 @@ def _add_pull(
     if concrete(settings.decay) == 0:
         check_fit(settings.plan, params)
         return updates
-    strength = _strength(settings, state)
+    strength = _at_step(settings.decay, state)
+    if settings.learning_rate is not None:
+        strength = -_at_step(settings.learning_rate, state) * strength
     if settings.refresh is None:
         kept = compute_masks(params, settings.plan)
     else:
         assert isinstance(state, SRSTEState)
         kept = state.masks
-
     if settings.has_phases:
         assert isinstance(state, SRSTEState)
         assert not isinstance(state.sparse, optax.MaskedNode)
         dense = jnp.logical_not(state.sparse)
         kept = jax.tree.map(lambda mask: mask | dense, kept)
-
     return map_planned(
         lambda leaf, w, u, mask: add_pull(u, w, mask, strength),
         settings.plan,

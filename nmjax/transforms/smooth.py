@@ -49,7 +49,7 @@ def soft_threshold(weights: FloatArray, n: int, m: int, axis: int = -2) -> Float
 
     Reference:
       Hu et al., "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse
-      Pre-training", 2024, arXiv 2409.09099, section 4.1 (2:4 there; any n and m here).
+      Pre-training", 2024, arXiv 2409.09099 (2:4 there; any n and m here).
     """
     kept = nm_mask(magnitude(weights), n, m, axis)
     axis = axis % weights.ndim
@@ -92,7 +92,7 @@ def smooth_scales(params: Params, plan: Plan) -> PyTree:
       2.2
 
     Reference:
-      Hu et al., 2024, arXiv 2409.09099, section 4.2.
+      Hu et al., 2024, arXiv 2409.09099.
     """
 
     def scale(leaf: LeafPlan, weights: FloatArray) -> Float[jax.Array, "..."]:
@@ -137,8 +137,8 @@ def smooth_sparsify(params: Params, plan: Plan, scales: PyTree) -> Params:
       [ 4.4 -2.2  0.   0. ]
 
     Reference:
-      Hu et al., 2024, arXiv 2409.09099, equations 8 to 10. Their unbiased pruning of
-      activation gradients and FP8 matmuls save time on GPUs and are left out.
+      Hu et al., 2024, arXiv 2409.09099. Their unbiased pruning of activation
+      gradients and FP8 matmuls save time on GPUs and are left out.
     """
 
     def smooth(leaf: LeafPlan, weights: FloatArray, scale: Any) -> FloatArray:

@@ -18,8 +18,10 @@ from nmjax.plans import Plan, map_planned
 from nmjax.projection import compute_masks
 from nmjax.transforms.checks import (
     Scalar,
+    Schedule,
     check_at_least,
     check_decay,
+    check_eps,
     check_fit,
     check_fraction,
     check_params,
@@ -53,7 +55,7 @@ class ScaleByStepState(NamedTuple):
 
 def scale_by_step(
     plan: Plan,
-    decay: Scalar = 0.0,
+    decay: Scalar | Schedule = 0.0,
     *,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -94,8 +96,8 @@ def scale_by_step(
 
     Args:
       plan: plan of the params.
-      decay: :math:`\lambda` >= 0, the decay of pruned weights in the second phase;
-        0 is STEP as published, without SR-STE.
+      decay: :math:`\lambda` >= 0, the decay of pruned weights in the second phase, a
+        scalar or a schedule; 0 is STEP as published, without SR-STE.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator.
@@ -128,7 +130,7 @@ def scale_by_step(
 
     Reference:
       Lu et al., "STEP: Learning N:M Structured Sparsity Masks from Scratch with
-      Precondition", 2023, arXiv 2302.01172, algorithms 1 and 2 (arithmetic mean).
+      Precondition", 2023, arXiv 2302.01172 (AutoSwitch with the arithmetic mean).
       Here the first test waits until the window is full, and the frozen moment keeps
       its bias correction, which matters when `start` is small.
     """
@@ -141,6 +143,7 @@ def scale_by_step(
         "max_steps": max_steps,
     }
     _check_arguments(decay, b1, b2, start, automatic)
+    check_eps(eps)
     threshold = eps if threshold is None else threshold
 
     def init_fn(params: Params) -> ScaleByStepState:
@@ -164,7 +167,7 @@ def scale_by_step(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         params = check_params(params, "nm.scale_by_step")
-        pulled = _add_pull(plan, decay, updates, params, state.sparse)
+        pulled = _add_pull(plan, decay, updates, params, state)
         count = jnp.asarray(optax.safe_increment(state.count))
         mu = moment(pulled, state.mu, b1, 1)
         nu = jax.tree.map(
@@ -250,8 +253,6 @@ def is_settled(
 def _check_arguments(decay, b1, b2, start, automatic) -> None:
     """Check arguments, as far as they are known."""
     check_decay(decay)
-    if callable(decay):
-        raise ValueError("decay of nm.scale_by_step must be a scalar, not a schedule")
     check_fraction("b1", b1)
     check_fraction("b2", b2)
     check_at_least("start", start, 1)
@@ -294,14 +295,20 @@ def _record(
 
 
 def _add_pull(
-    plan: Plan, decay: Scalar, updates: PyTree, params: Params, sparse: jax.Array
+    plan: Plan,
+    decay: Scalar | Schedule,
+    updates: PyTree,
+    params: Params,
+    state: ScaleByStepState,
 ) -> PyTree:
     """Add the decay of pruned weights in the sparse phase."""
     if concrete(decay) == 0:
         check_fit(plan, params)
         return updates
+    strength = decay(state.count) if callable(decay) else decay
+    dense = jnp.logical_not(state.sparse)
     return map_planned(
-        lambda leaf, w, u, kept: add_pull(u, w, kept | ~sparse, decay),
+        lambda leaf, w, u, kept: add_pull(u, w, kept | dense, strength),
         plan,
         params,
         updates,
