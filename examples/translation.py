@@ -390,16 +390,21 @@ class Trainer:
         return methods.Trained(self.model, state["params"], self.plan, history)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def plain_losses(
+    model: Translator, params: Any, source: jax.Array, target: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the summed ``-log p`` of a batch without smoothing, and its tokens."""
+    logits = apply(model, params, source, shifted(target))
+    return token_losses(logits, target, 0.0)
+
+
 def validation_loss(model: Translator, params: Any, task: Task, tokens: int) -> float:
-    """Return ``-log p`` per piece of the validation targets, in nats."""
-
-    @jax.jit
-    def losses(params: Any, source: jax.Array, target: jax.Array):
-        logits = apply(model, params, source, shifted(target))
-        return token_losses(logits, target, 0.0)
-
+    """Return ``-log p`` per byte pair of the validation targets, in nats."""
     batches = Batches(task.val, tokens, seed=0)
-    sums = [losses(params, *batches(step)) for step in range(batches.per_epoch)]
+    sums = [
+        plain_losses(model, params, *batches(step)) for step in range(batches.per_epoch)
+    ]
     total, count = np.sum(jax.device_get(sums), axis=0)
     return float(total / count)
 

@@ -36,6 +36,14 @@ class Interrupted(Exception):
 trains = functools.partial(jax.numpy_dtype_promotion, "standard")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compile with few optimisations: that is where these tests spend their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 class Smoke(NamedTuple):
     """A smoke run of an example: its trainer, rows, folder and printed text."""
 
