@@ -155,9 +155,11 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any, history: History) -> None:
-        """Start saving; returns once the state is copied, before it is on disk."""
-        # The next step donates these buffers while orbax is still writing them.
+        """Start saving; returns once all is copied, before it is on disk."""
+        # While orbax is still writing, the next step donates these buffers and the
+        # loop appends to these lists.
         state = _copy(state)
+        history = {name: list(values) for name, values in history.items()}
         self._manager.save(
             step,
             args=ocp.args.Composite(

@@ -78,6 +78,21 @@ def test_history_has_one_entry_per_window(tmp_path):
     assert_same_bits(trained, state)
 
 
+def test_history_that_grows_while_it_is_saved_is_not_saved(tmp_path, monkeypatch):
+    history = {"step": [2, 4], "loss": [0.5, 0.25]}
+    with common.Checkpoints(tmp_path) as checkpoints:
+        write = checkpoints._manager.save
+
+        def write_late(step, args):  # as the background thread of orbax may
+            history["step"].append(6)
+            write(step, args=args)
+
+        monkeypatch.setattr(checkpoints._manager, "save", write_late)
+        checkpoints.save(4, toy_state(), history)
+    with common.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(toy_state())[2]["step"] == [2, 4]
+
+
 def test_finished_run_is_not_trained_again_on_resume(tmp_path, monkeypatch):
     trained, history = toy_train(tmp_path, 6)
     monkeypatch.setattr(sys.modules[__name__], "toy_step", None)
