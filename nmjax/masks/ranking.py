@@ -29,7 +29,7 @@ def keep_highest(
     if n == m:
         return jnp.ones_like(keys, dtype=bool)
     if m > LARGEST_CODE:
-        return _rank(keys, m, axis) < n
+        return rank_in_groups(keys, m, axis) < n
     groups = split_axis(keys, axis, m)
     lanes = [lax.index_in_dim(groups, i, axis + 1, keepdims=False) for i in range(m)]
     if n == 1:
@@ -150,7 +150,7 @@ def _merging_network(size: int) -> list[tuple[int, int]]:
     return comparators
 
 
-def _rank(keys: Array, m: int, axis: int) -> Array:
+def rank_in_groups(keys: Array, m: int, axis: int) -> Array:
     """Count the entries of the own group that are ahead of every entry.
 
     The graph grows with m only, so that large groups still compile fast.

@@ -15,10 +15,11 @@ from nmjax.masks.ordering import (
     check_multiple,
     check_n_of_m,
     merge_axis,
+    order_keys,
     split_axis,
     sum_dtype,
 )
-from nmjax.masks.ranking import stop_fusion
+from nmjax.masks.ranking import rank_in_groups, stop_fusion
 
 __all__ = ["transposable_nm_mask"]
 
@@ -175,19 +176,15 @@ def _exchange_rows(blocks: Array, n: int, inner: tuple[int, int]) -> Array:
     def exchange(_, state):
         scores, mask = state
         upper, lower = mask[:half], mask[half:][::-1]
-        gain = scores[:half] - scores[half:][::-1]
         free = upper ^ lower
-        taken = jnp.sum(upper & free, axis=1, keepdims=True, dtype=jnp.int32)
-        rank = jnp.zeros(gain.shape, jnp.int32)
-        index = column[:half]
-        for j in range(m):
-            other = lax.slice_in_dim(gain, j, j + 1, axis=1)
-            ahead = (other > gain) | ((other == gain) & (index > j))
-            rank += (ahead & lax.slice_in_dim(free, j, j + 1, axis=1)).astype(jnp.int32)
-        upper_takes = free & (rank < taken)
-        new_upper = (upper & lower) | upper_takes
-        new_lower = (upper & lower) | (free & ~upper_takes)
-        mask = jnp.concatenate([new_upper, new_lower[::-1]])
+        keys = order_keys(scores[:half] - scores[half:][::-1])
+        last = jnp.asarray(jnp.iinfo(keys.dtype).min + 1, keys.dtype)
+        keys = jnp.where(free, keys, last)
+        keys = stop_fusion(keys, keys)
+        rank = stop_fusion(rank_in_groups(keys, m, 1), keys)
+        taken = jnp.sum(upper & free, axis=1, keepdims=True, dtype=rank.dtype)
+        shared, taken = upper & lower, free & (rank < taken)
+        mask = jnp.concatenate([shared | taken, (shared | (free & ~taken))[::-1]])
         return _turn(scores), _turn(mask)
 
     rounds = SWEEPS * (scores.shape[0] - 1)
