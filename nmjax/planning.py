@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from types import EllipsisType
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from nmjax.patterns import NM, VNM, Dense, Pattern, TransposableNM, fixed_densit
 from nmjax.plans import LeafPlan, Plan
 from nmjax.typing import Params
 
-Rules: TypeAlias = Mapping[str | EllipsisType, Pattern]
+Rules: TypeAlias = Mapping[Any, Pattern]
 Regexes: TypeAlias = str | Sequence[str]
 
 # Sparse tensor cores take no matmul whose outputs are not a multiple of this.
