@@ -24,14 +24,22 @@ from nmjax.patterns import NM, VNM, Dense, TransposableNM
 from nmjax.planning import plan
 from nmjax.plans import LeafPlan, Plan
 from nmjax.projection import apply_masks, compute_masks, project, sparsify
+from nmjax.topology import rigl_update, set_update, srigl_update
 from nmjax.tracking import tracker
 from nmjax.transforms import (
+    gradual,
     masks,
+    one_shot,
+    progressive_nm,
+    rigl,
     scale_by_step,
+    set_,
     smooth_scales,
     smooth_sparsify,
     sparse_phase,
+    srigl,
     srste,
+    static,
 )
 
 __version__ = _version("nmjax")
@@ -56,16 +64,26 @@ __all__ = [
     "fan_in_mask",
     "global_",
     "global_topk_mask",
+    "gradual",
     "masks",
     "nm_mask",
+    "one_shot",
     "plan",
+    "progressive_nm",
     "project",
+    "rigl",
+    "rigl_update",
     "scale_by_step",
+    "set_",
+    "set_update",
     "smooth_scales",
     "smooth_sparsify",
     "sparse_phase",
     "sparsify",
+    "srigl",
+    "srigl_update",
     "srste",
+    "static",
     "topk_mask",
     "tracker",
     "transposable_nm_mask",

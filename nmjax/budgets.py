@@ -6,12 +6,15 @@ pattern's own `density` or from the plan's; `nmjax.patterns` says the rest.
 
 import dataclasses
 import math
+from typing import Any
+
+import jax
 
 from nmjax.distributions import check_density, round_half_up
 from nmjax.masks import block_mask, channel_mask, fan_in_mask, topk_mask
 from nmjax.masks.ordering import as_axis
 from nmjax.patterns import Shape, axis_text, fits_multiple, from_end, with_axis
-from nmjax.typing import FloatArray, MaskArray
+from nmjax.typing import Budget, FloatArray, MaskArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +40,12 @@ class Unstructured:
     def validate(self, shape: Shape) -> None:
         """Accept any shape with weights in it."""
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> Any:
         """Count the whole budget."""
         return _budget(self, shape, budget)
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep the `budget` largest scores of each layer; see `nm.topk_mask`."""
         k = self.kept(scores.shape[stacked:], budget)
@@ -102,16 +105,16 @@ class FanIn:
         """Count the neurons of a kernel."""
         return math.prod(shape[axis] for axis in self._neuron_axes)
 
-    def fan_in(self, shape: Shape, budget: int | None = None) -> int:
+    def fan_in(self, shape: Shape, budget: Budget | None = None) -> Any:
         """Count the weights that each neuron keeps."""
         return _budget(self, shape, budget) // self.neurons(shape)
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> Any:
         """Count fan-in times neurons, at most the budget."""
         return self.fan_in(shape, budget) * self.neurons(shape)
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep the largest scores of each neuron; see `nm.fan_in_mask`."""
         k = self.fan_in(scores.shape[stacked:], budget)
@@ -170,13 +173,13 @@ class Block:
         fits_multiple(shape, self._axis, self.inputs, "inputs")
         fits_multiple(shape, -1, self.outputs, "outputs")
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> Any:
         """Count the weights of the blocks that the budget pays for."""
         size = self.outputs * self.inputs
         return _budget(self, shape, budget) // size * size
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep the blocks with the largest sums; see `nm.block_mask`."""
         kept = self.kept(scores.shape[stacked:], budget)
@@ -227,13 +230,13 @@ class Channel:
         """Raise unless the axis exists."""
         as_axis(self.axis, shape)
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> Any:
         """Count the weights of the channels that the budget pays for."""
         size = math.prod(shape) // shape[self.axis]
         return _budget(self, shape, budget) // size * size
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep the channels with the largest sums; see `nm.channel_mask`."""
         shape = scores.shape[stacked:]
@@ -251,7 +254,7 @@ def _check_own_density(pattern) -> None:
         check_density(pattern.density, repr(pattern))
 
 
-def _budget(pattern, shape: Shape, budget: int | None) -> int:
+def _budget(pattern: Any, shape: Shape, budget: Budget | None) -> Any:
     """Resolve a layer's budget from the argument or the pattern's own density."""
     size = math.prod(shape)
     if budget is None:
@@ -261,6 +264,8 @@ def _budget(pattern, shape: Shape, budget: int | None) -> int:
                 "give the plan one, as in nm.plan(params, pattern, density=0.1)"
             )
         budget = round_half_up(size * pattern.density)
+    if isinstance(budget, jax.Array):
+        return budget  # it changes during training and cannot be checked
     if not 0 <= budget <= size:
         raise ValueError(f"budget={budget} of a kernel of shape {shape}, size {size}")
     return budget

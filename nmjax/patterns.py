@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from nmjax.masks import nm_mask, transposable_nm_mask, vnm_mask
 from nmjax.masks.ordering import as_axis, check_multiple, check_n_of_m
-from nmjax.typing import FloatArray, MaskArray
+from nmjax.typing import Budget, FloatArray, MaskArray
 
 Shape = tuple[int, ...]
 
@@ -34,12 +34,12 @@ class Pattern(Protocol):
     def validate(self, shape: Shape) -> None:
         """Raise ValueError unless a kernel of this shape can hold the pattern."""
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> int:
         """Count the weights that one layer keeps."""
         ...
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Compute the mask; the first `stacked` axes count layers."""
         ...
@@ -57,12 +57,12 @@ class Dense:
     def validate(self, shape: Shape) -> None:
         """Accept any shape."""
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> int:
         """Count all weights."""
         return math.prod(shape)
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep everything."""
         return jnp.ones_like(scores, dtype=bool)
@@ -108,12 +108,12 @@ class NM:
         """Raise unless the axis exists and its length is a multiple of m."""
         fits_multiple(shape, self._axis, self.m, "m")
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> int:
         """Count n of every m."""
         return math.prod(shape) * self.n // self.m
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep the n largest scores of every group; see `nm.nm_mask`."""
         axis = from_end(self._axis, scores.ndim, stacked)
@@ -170,12 +170,12 @@ class TransposableNM:
         fits_multiple(shape, self._axis, self.m, "m")
         fits_multiple(shape, -1, self.m, "m")
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> int:
         """Count n of every m."""
         return math.prod(shape) * self.n // self.m
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep the best pattern of every block; see `nm.transposable_nm_mask`."""
         axis = from_end(self._axis, scores.ndim, stacked)
@@ -236,12 +236,12 @@ class VNM:
         fits_multiple(shape, self._axis, self.m, "m")
         fits_multiple(shape, -1, self.v, "v")
 
-    def kept(self, shape: Shape, budget: int | None = None) -> int:
+    def kept(self, shape: Shape, budget: Budget | None = None) -> int:
         """Count n of every m."""
         return math.prod(shape) * self.n // self.m
 
     def mask(
-        self, scores: FloatArray, budget: int | None = None, stacked: int = 0
+        self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Choose inputs per vector, then n of 4; see `nm.vnm_mask`."""
         axis = from_end(self._axis, scores.ndim, stacked)

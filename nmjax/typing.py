@@ -3,7 +3,7 @@
 from typing import TypeAlias
 
 import jax
-from jaxtyping import Bool, Float, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 
 Params: TypeAlias = PyTree
 """Any pytree of arrays: linen variables, `nnx.State`, tuples, lists, boxed leaves."""
@@ -17,3 +17,6 @@ FloatArray: TypeAlias = Float[jax.Array, "..."]
 
 MaskArray: TypeAlias = Bool[jax.Array, "..."]
 """A bool array of any rank, True = kept."""
+
+Budget: TypeAlias = int | Int[jax.Array, ""]
+"""A number of weights that one layer may keep; traced where it changes in training."""

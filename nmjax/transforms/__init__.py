@@ -4,11 +4,17 @@
   published form and in two forms for Adam.
 - `step`: `scale_by_step`, Adam in two phases (STEP).
 - `smooth`: `smooth_scales` and `smooth_sparsify`, a continuous forward (S-STE).
+- `growing`: `set_`, `rigl`, `srigl` and `static`, which keep params exactly sparse
+  around an inner optimizer and drop and grow weights.
+- `pruning`: `one_shot`, `gradual` and `progressive_nm`, which become sparse on the way.
+- `holding`: the mechanism of these two.
 - `state`: `masks` and `sparse_phase`, which find masks and phase in any nesting of
   optimizer states.
 """
 
 from nmjax.transforms.decay import SRSTEHybridState, SRSTEState, srste
+from nmjax.transforms.growing import rigl, set_, srigl, static
+from nmjax.transforms.pruning import gradual, one_shot, progressive_nm
 from nmjax.transforms.smooth import smooth_scales, smooth_sparsify, soft_threshold
 from nmjax.transforms.state import masks, sparse_phase
 from nmjax.transforms.step import ScaleByStepState, scale_by_step
@@ -17,11 +23,18 @@ __all__ = [
     "SRSTEHybridState",
     "SRSTEState",
     "ScaleByStepState",
+    "gradual",
     "masks",
+    "one_shot",
+    "progressive_nm",
+    "rigl",
     "scale_by_step",
+    "set_",
     "smooth_scales",
     "smooth_sparsify",
     "soft_threshold",
     "sparse_phase",
+    "srigl",
     "srste",
+    "static",
 ]
