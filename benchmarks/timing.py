@@ -118,7 +118,7 @@ def measure(
     """
     repeats, limit = {}, {}
     for name, function in functions.items():
-        _seconds(function, 2)
+        _seconds(function, 1)
         once = _seconds(function, 1)
         repeats[name] = max(1, min(1000, round(target / max(once, 1e-7))))
         limit[name] = rounds if once < slow else min(rounds, 3)
@@ -150,7 +150,7 @@ def measure(
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
     """Return the median, the lower and the upper quartile."""
     if len(values) == 1:
-        return (values[0],) * 3
+        return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
 

@@ -1,8 +1,10 @@
 """Slow NumPy loops that say what every mask must be, one entry at a time."""
 
+import functools
 import itertools
 
 import numpy as np
+from scipy.optimize import linprog
 
 
 def order(score) -> tuple:
@@ -98,6 +100,7 @@ def channel_mask(scores, k, axis=-1, batch_axes=()) -> np.ndarray:
     return block_mask(scores, k, block, range(np.ndim(scores)), batch_axes)
 
 
+@functools.cache
 def transposable_patterns(n: int, m: int) -> np.ndarray:
     """List all m x m patterns with n ones in every row and every column."""
     rows = [np.isin(np.arange(m), kept) for kept in itertools.combinations(range(m), n)]
@@ -114,3 +117,13 @@ def best_transposable_sum(block, n: int) -> float:
     """Return the highest sum that an n of m pattern of one m x m block can keep."""
     patterns = transposable_patterns(n, len(block))
     return float((patterns * np.asarray(block, np.float64)).sum((1, 2)).max())
+
+
+def best_transposable_sum_by_flow(block, n: int) -> float:
+    """Return the same by linear programming, whose optimum is a 0-1 pattern."""
+    m = len(block)
+    one, each = np.ones((1, m)), np.eye(m)
+    counts = np.concatenate([np.kron(each, one), np.kron(one, each)])
+    weights = -np.asarray(block, np.float64).ravel()
+    result = linprog(weights, A_eq=counts, b_eq=np.full(2 * m, n), bounds=(0, 1))
+    return -result.fun

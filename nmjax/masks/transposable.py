@@ -1,7 +1,7 @@
 """Transposable N:M masks: n kept entries in every row and column of m x m blocks."""
 
 import itertools
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from nmjax.masks.ranking import rank_in_groups, stop_fusion
 __all__ = ["transposable_nm_mask"]
 
 SWEEPS = 4  # passes over all pairs of rows in the general search
-_PAIRS = list(itertools.combinations(range(4), 2))
 
 
 def transposable_nm_mask(
@@ -39,12 +38,21 @@ def transposable_nm_mask(
         \sum_i E_{ij} = \sum_j E_{ij} = n
 
     so that the mask is N:M along both axes, and the transposed kernel of the backward
-    pass is N:M as well. 2:4 is exact: the best of all 90 patterns of a 4 x 4 block.
+    pass is N:M as well. Counts are always exact. The sum is the highest possible for
+    m = 4 (2:4 is the best of all 90 patterns) and m = 2. For other m the mask is a
+    local optimum that no exchange between two rows improves, or close to one. Its kept
+    sum is below the best one (by linear programming), on blocks of |x| of normal x, by
+
+    ====  ====  ====  ====  ====  ====  =====  =====
+    1:8   2:8   4:8   1:16  4:16  8:16  4:32   16:32
+    1.6%  0.7%  0.4%  3.1%  0.6%  0.3%  1.1%   0.2%
+    ====  ====  ====  ====  ====  ====  =====  =====
 
     Args:
       scores: Real floating array of rank 2 or more. Sums are taken in float32, or in
         float64 for float64 scores. ``+inf`` counts as a finite score larger than
-        the sum of all finite ones of a block, NaN as one larger still.
+        the sum of all finite ones of a block, NaN as one larger still. float32 scores
+        below 1e-34 count as 0.
       n: Entries KEPT in every row and column of a block, ``1 <= n <= m``.
       m: Block size, at most 64. It must divide the lengths of both axes.
       axes: The two axes that blocks extend along.
@@ -75,7 +83,7 @@ def transposable_nm_mask(
     for axis in block_axes:
         check_multiple(scores.shape, axis, m)
     if n == m:
-        return jnp.ones(scores.shape, bool)
+        return jnp.ones_like(scores, bool)
     first, second = sorted(block_axes)
     return _search(scores, n, m, first, second)
 
@@ -86,7 +94,7 @@ def _search(scores: Array, n: int, m: int, first: int, second: int) -> Array:
     # One axis at a time: an Explicit mesh does not take two in one reshape.
     blocks = split_axis(split_axis(_finite_scores(scores), second, m), first, m)
     inner = (first + 1, second + 2)
-    find = _best_pattern if (n, m) == (2, 4) else _exchange_rows
+    find = _best_pattern if m == 4 else _exchange_rows
     return merge_axis(merge_axis(find(blocks, n, inner), first), second)
 
 
@@ -113,38 +121,38 @@ def _first_best(candidates: list[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 
 def _best_pattern(blocks: Array, n: int, inner: tuple[int, int]) -> Array:
-    """Try all 90 patterns of 4 x 4 with two kept per row and column.
+    """Try all patterns of 4 x 4 with n kept per row and column.
 
     The search is factored over row pairs: for every way two rows can fill the columns
     the best of both halves is found once, and only halves that fit are added.
     """
     rows, columns = inner
+    lines = [lax.index_in_dim(blocks, r, rows, keepdims=False) for r in range(4)]
     lanes = [
-        [
-            lax.index_in_dim(
-                lax.index_in_dim(blocks, c, columns, keepdims=False), r, rows, False
-            )
-            for c in range(4)
-        ]
-        for r in range(4)
+        [lax.index_in_dim(line, c, columns - 1, keepdims=False) for c in range(4)]
+        for line in lines
     ]
-    sums = [[lanes[r][p] + lanes[r][q] for p, q in _PAIRS] for r in range(4)]
+    choices = list(itertools.combinations(range(4), n))
+    sums = [
+        [reduce(jnp.add, [row[c] for c in kept]) for kept in choices] for row in lanes
+    ]
 
     def half(upper: int, lower: int) -> dict:
         found: dict = {}
-        for i, first in enumerate(_PAIRS):
-            for j, second in enumerate(_PAIRS):
-                filled = tuple((c in first) + (c in second) for c in range(4))
-                code = sum(1 << c for c in first) | sum(16 << c for c in second)
-                total = sums[upper][i] + sums[lower][j]
-                found.setdefault(filled, []).append((total, jnp.int32(code)))
+        for (i, first), (j, second) in itertools.product(enumerate(choices), repeat=2):
+            filled = tuple((c in first) + (c in second) for c in range(4))
+            code = sum(1 << c for c in first) | sum(16 << c for c in second)
+            total = sums[upper][i] + sums[lower][j]
+            found.setdefault(filled, []).append((total, jnp.int32(code)))
         return {filled: _first_best(list_) for filled, list_ in found.items()}
 
     top, bottom = half(0, 1), half(2, 3)
     candidates = []
     for filled, (total, code) in top.items():
-        rest, rest_code = bottom[tuple(2 - count for count in filled)]
-        candidates.append((total + rest, code | (rest_code << 8)))
+        missing = tuple(n - count for count in filled)
+        if missing in bottom:
+            rest, rest_code = bottom[missing]
+            candidates.append((total + rest, code | (rest_code << 8)))
     _, code = _first_best(candidates)
     bits = lax.bitcast_convert_type(lanes[0][0].astype(jnp.float32), jnp.int32)
     code = jnp.expand_dims(stop_fusion(code, bits), (rows, columns))
