@@ -10,6 +10,7 @@ from typing import Any as _Any
 
 from nmjax.budgets import Block, Channel, FanIn, Unstructured
 from nmjax.distributions import er, erk, global_, uniform
+from nmjax.initial import sparse_init
 from nmjax.masks import (
     block_mask,
     channel_mask,
@@ -78,6 +79,7 @@ __all__ = [
     "set_update",
     "smooth_scales",
     "smooth_sparsify",
+    "sparse_init",
     "sparse_phase",
     "sparsify",
     "srigl",
