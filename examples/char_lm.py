@@ -12,11 +12,30 @@ trained again; ``ste``, 2:4 from the first step, straight-through gradients;
 
 Command::
 
-    python examples/char_lm.py --data-dir DATA --method dense one_shot ste srste
+    python examples/char_lm.py --data-dir DATA --seeds 0 1 2
 
 where ``DATA/tinyshakespeare/input.txt`` or ``DATA/input.txt`` is the text. Without
 ``--data-dir`` the help texts of the Python language (`pydoc_data.topics`), which come
 with every Python, are the text.
+
+Result, bits per character of the last tenth of the text, mean and sample standard
+deviation of three seeds; the flip rate is per step, averaged over training:
+
+======== ================== ======= =========
+method   bits per character density flip rate
+======== ================== ======= =========
+dense    2.405 +- 0.010     1.00    0.0025
+one_shot 2.823 +- 0.024     0.50
+ste      2.484 +- 0.009     0.50    0.0030
+srste    2.454 +- 0.010     0.50    0.0019
+======== ================== ======= =========
+
+Pruned once, the model loses 0.42 bits. Trained with the mask it loses 0.08, and with
+SR-STE's decay, which settles the masks, 0.05: it does not reach the dense model in
+2000 steps.
+
+Time: 3 minutes a dense run and 4 minutes a sparse one. Hardware: one core of an AMD
+EPYC.
 """
 
 import argparse

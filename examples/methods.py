@@ -7,6 +7,7 @@ gradients. ``srste`` is the same with SR-STE's decay of pruned weights.
 
 import argparse
 import functools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 
 import nmjax as nm
 
+PLACES = {"density": 2, "training s": 0, "flip rate": 4}
 METHODS = ("dense", "one_shot", "ste", "srste")
 
 
@@ -116,6 +118,8 @@ def compare(
                 "density": common.nonzero_fraction(weights, run.plan),
                 "training s": run.history["seconds"][-1],
             }
+            if method == base:  # pruning once flips nothing
+                row["flip rate"] = statistics.fmean(run.history["flip_rate"])
             rows.append(row)
             shown = ", ".join(f"{name} {x:.{digits}f}" for name, x in scores.items())
             print(f"{method} seed {seed}: {shown}", flush=True)
@@ -137,7 +141,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], digits: int) -> list[dict[str, 
     summary = []
     for method in dict.fromkeys(row["method"] for row in rows):
         of = [row for row in rows if row["method"] == method]
-        places = {name: digits for name in of[0]} | {"density": 2, "training s": 0}
+        places = {name: digits for name in of[0]} | PLACES
         cells = {
             name: common.mean_std((row[name] for row in of), places[name])
             for name in of[0]

@@ -11,7 +11,7 @@ from typing import Any as _Any
 from nmjax.budgets import Block, Channel, FanIn, Unstructured
 from nmjax.distributions import er, erk, global_, uniform
 from nmjax.initial import sparse_init
-from nmjax.masks import (
+from nmjax.masking import (
     block_mask,
     channel_mask,
     fan_in_mask,

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from nmjax.distributions import check_density, round_half_up
-from nmjax.masks import block_mask, channel_mask, fan_in_mask, topk_mask
-from nmjax.masks.ordering import as_axis
+from nmjax.masking import block_mask, channel_mask, fan_in_mask, topk_mask
+from nmjax.masking.ordering import as_axis
 from nmjax.patterns import Shape, axis_text, fits_multiple, from_end, with_axis
 from nmjax.typing import Budget, FloatArray, MaskArray
 

@@ -2,7 +2,7 @@
 
 A pattern is a frozen dataclass. It knows how to check a shape (`validate`), how
 many weights it keeps (`kept`) and how to turn scores into a mask (`mask`); the
-work is done by the functions of `nmjax.masks`.
+work is done by the functions of `nmjax.masking`.
 
 Axes count from the end of one layer's kernel. ``axis=None`` means the fan-in axis
 as Flax lays kernels out: -2 for Dense ``(in, out)`` and conv ``(h, w, in, out)``
@@ -20,8 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from nmjax.masks import nm_mask, transposable_nm_mask, vnm_mask
-from nmjax.masks.ordering import as_axis, check_multiple, check_n_of_m
+from nmjax.masking import nm_mask, transposable_nm_mask, vnm_mask
+from nmjax.masking.ordering import as_axis, check_multiple, check_n_of_m
 from nmjax.typing import Budget, FloatArray, MaskArray
 
 Shape = tuple[int, ...]

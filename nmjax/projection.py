@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from nmjax.masks import global_topk_mask
+from nmjax.masking import global_topk_mask
 from nmjax.paths import is_masked, named_leaves
 from nmjax.plans import LeafPlan, Plan, map_planned, matching_leaves
 from nmjax.saliency import magnitude

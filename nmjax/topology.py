@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from nmjax.masks import fan_in_mask, topk_mask
+from nmjax.masking import fan_in_mask, topk_mask
 from nmjax.typing import FloatArray, MaskArray
 
 Fraction = float | int | Float[Array, ""]

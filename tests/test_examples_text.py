@@ -120,10 +120,11 @@ def check_results(smoke):
     dense, one_shot, srste = smoke.rows
     assert [row["method"] for row in smoke.rows] == METHODS
     assert [row["density"] for row in smoke.rows] == [1.0, 0.5, 0.5]
-    score = list(dense)[2]
+    score = list(dense)[2]  # after method and seed
     assert len({row[score] for row in smoke.rows}) == 3 or score == "BLEU"
     assert one_shot["training s"] == dense["training s"]  # one run, pruned afterwards
     assert not (smoke.out / "one_shot-seed0" / "checkpoints").exists()
+    assert "flip rate" not in one_shot and srste["flip rate"] > 0
     results = json.loads((smoke.out / "results.json").read_text())
     assert results["rows"] == smoke.rows
     assert (smoke.out / "training.png").stat().st_size > 10_000

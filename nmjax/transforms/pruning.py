@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from nmjax.masks import global_topk_mask
+from nmjax.masking import global_topk_mask
 from nmjax.paths import is_masked, named_leaves
 from nmjax.patterns import NM
 from nmjax.plans import LeafPlan, Plan, map_planned

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float, PyTree
 
-from nmjax.masks import nm_mask
+from nmjax.masking import nm_mask
 from nmjax.patterns import NM
 from nmjax.plans import LeafPlan, Plan, map_planned
 from nmjax.saliency import magnitude

@@ -9,10 +9,10 @@ works under `jax.jit`, `jax.vmap`, `jax.export` and meshes with Auto or Explicit
 - A length that is no multiple of its group is a ValueError, never padded.
 """
 
-from nmjax.masks.grouped import nm_mask, vnm_mask
-from nmjax.masks.selection import fan_in_mask, global_topk_mask, topk_mask
-from nmjax.masks.structured import block_mask, channel_mask
-from nmjax.masks.transposable import transposable_nm_mask
+from nmjax.masking.grouped import nm_mask, vnm_mask
+from nmjax.masking.selection import fan_in_mask, global_topk_mask, topk_mask
+from nmjax.masking.structured import block_mask, channel_mask
+from nmjax.masking.transposable import transposable_nm_mask
 
 __all__ = [
     "block_mask",

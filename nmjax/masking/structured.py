@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Shaped
 
-from nmjax.masks.ordering import (
+from nmjax.masking.ordering import (
     as_axes,
     as_axis,
     as_count,
@@ -16,7 +16,7 @@ from nmjax.masks.ordering import (
     split_axis,
     sum_dtype,
 )
-from nmjax.masks.selection import Count, topk_mask
+from nmjax.masking.selection import Count, topk_mask
 
 __all__ = ["block_mask", "channel_mask"]
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nmjax as nm
-from nmjax.masks import ranking
+from nmjax.masking import ranking
 
 COLLECTIVE = re.compile(
     r"= (?P<types>[^=]*?) (?P<name>all-gather|all-reduce|all-to-all|collective-permute"

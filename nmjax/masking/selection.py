@@ -12,8 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Integer, PyTree, Shaped
 
-from nmjax.masks.counting import select_highest
-from nmjax.masks.ordering import as_axes, as_count, as_scores, order_keys
+from nmjax.masking.counting import select_highest
+from nmjax.masking.ordering import as_axes, as_count, as_scores, order_keys
 
 __all__ = ["fan_in_mask", "global_topk_mask", "topk_mask"]
 

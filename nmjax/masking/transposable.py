@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Shaped
 
-from nmjax.masks.ordering import (
+from nmjax.masking.ordering import (
     as_axes,
     as_scores,
     check_multiple,
@@ -19,7 +19,7 @@ from nmjax.masks.ordering import (
     split_axis,
     sum_dtype,
 )
-from nmjax.masks.ranking import rank_in_groups, stop_fusion
+from nmjax.masking.ranking import rank_in_groups, stop_fusion
 
 __all__ = ["transposable_nm_mask"]
 

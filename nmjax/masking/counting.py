@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Integer
 
-from nmjax.masks.ordering import split_axis
-from nmjax.masks.ranking import stop_fusion
+from nmjax.masking.ordering import split_axis
+from nmjax.masking.ranking import stop_fusion
 
 DIGIT = 8  # bits
 PART = 16  # entries that are counted in one int8 before they are added up

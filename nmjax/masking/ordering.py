@@ -39,7 +39,7 @@ def order_keys(scores: Shaped[ArrayLike, "..."]) -> Integer[Array, "..."]:
       TypeError: If the dtype is not a real floating one.
 
     >>> import jax.numpy as jnp
-    >>> from nmjax.masks.ordering import order_keys
+    >>> from nmjax.masking.ordering import order_keys
     >>> keys = order_keys(jnp.array([jnp.nan, jnp.inf, 1.0, 0.0, -0.0, -1.0]))
     >>> bool((keys[:3] > keys[1:4]).all()), bool(keys[3] == keys[4])
     (True, True)

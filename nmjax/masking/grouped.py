@@ -5,7 +5,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Shaped
 
-from nmjax.masks.ordering import (
+from nmjax.masking.ordering import (
     as_axis,
     as_scores,
     check_multiple,
@@ -14,7 +14,7 @@ from nmjax.masks.ordering import (
     split_axis,
     sum_dtype,
 )
-from nmjax.masks.ranking import keep_highest
+from nmjax.masking.ranking import keep_highest
 
 __all__ = ["nm_mask", "vnm_mask"]
 

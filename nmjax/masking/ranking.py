@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Integer
 
-from nmjax.masks.ordering import split_axis
+from nmjax.masking.ordering import split_axis
 
 LARGEST_PAIRWISE = 8  # comparing all pairs of lanes grows with m * m
 LARGEST_CODE = 16  # bits of a code
