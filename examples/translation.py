@@ -17,6 +17,14 @@ Command::
 where ``DATA/multi30k/`` (or ``DATA/``) has ``{train,val,test_2016_flickr}.{de,en}``,
 one sentence a line. Without ``--data-dir`` the task is a made-up one, for trying the
 script out: German to English dates.
+
+Result on the made-up dates, one seed, with ``--method dense one_shot srste --vocabulary
+300 --width 64 --layers 1 --epochs 8 --lr 3e-3``: all three translate the 200 test
+sentences without an error (BLEU 100); the loss per byte pair of the validation
+sentences is 0.06 dense, 0.13 pruned once and 0.06 with SR-STE. The task is too easy to
+compare methods by; it shows that training and decoding work.
+
+Time: a minute a run. Hardware: one core of an AMD EPYC that other work shared.
 """
 
 import argparse
