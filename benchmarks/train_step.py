@@ -14,8 +14,8 @@ Steps of all rows alternate, and ratios are taken within one round, so that a ch
 the machine's load meets all rows alike. ``CPU`` is the ratio of CPU seconds over all
 threads; it is the steadier one on a machine that others use too.
 
-The script starts itself again with an allocator that keeps its pages (see MALLOC): by
-default glibc returns large arrays to the system, and every step pays for page faults.
+The script starts itself again with an allocator that keeps its pages: see
+`timing.keep_pages`.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --tokens 512 --repeats 40
@@ -23,8 +23,6 @@ default glibc returns large arrays to the system, and every step pays for page f
 
 import argparse
 import dataclasses
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,15 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import timing
 
 import nmjax as nm
 
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
 REFRESH = 40
 BAR = 1.08
 
@@ -192,13 +185,6 @@ def report(tokens: int, rows: dict[str, Row]) -> float:
     return float(np.median(times["srste"][0] / dense_wall))
 
 
-def keep_pages() -> None:
-    """Start this script again with MALLOC set, if it is not."""
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        command = [sys.executable, *sys.argv]
-        os.execve(sys.executable, command, {**os.environ, **MALLOC})
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description="the cost of a sparse training step")
@@ -210,16 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.smoke:
         arguments.tokens, arguments.repeats = [8], 2
     else:
-        keep_pages()
-
-    device = jax.devices()[0]
-    print(
-        f"{device.device_kind} x {os.cpu_count()} cores, jax {jax.__version__}, ",
-        end="",
-    )
-    print(f"optax {optax.__version__}, nmjax {nm.__version__}")
-    kept = "".join(f" {k}={os.environ[k]}" for k in MALLOC if k in os.environ)
-    print(f"allocator:{kept or ' as it is by default'}")
+        timing.keep_pages()
+    for name, value in timing.describe().items():
+        print(f"{name}: {value}")
     params = init(jax.random.key(0), blocks, width, hidden)
     print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters")
 

@@ -10,7 +10,8 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "train_step.py"
 
 
 @pytest.fixture
-def benchmark():
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # for its own modules
     spec = importlib.util.spec_from_file_location("train_step", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
