@@ -9,8 +9,10 @@ The functional route, `nm.sparsify` on the state that `nnx.split` gives, compute
 same to the bit; use it where masks come from the optimizer state or the model is
 dense for a while (`nm.masks`, `nm.sparse_phase`).
 
-Mind four things.
+Mind five things.
 
+- Make the `nnx.Optimizer` before `attach`: made after it, its moments copy the hook's
+  metadata, and flax warns.
 - Every read computes the mask again: XLA merges the reads of one jit, but a model
   called eagerly pays for each.
 - A read of a part (``kernel[0]``) has no mask and is an error, except for one layer of
