@@ -8,10 +8,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+Scalar = float | int | Float[Array, ""]
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
-def constant_drop(alpha: float | int) -> Schedule:
+def constant_drop(alpha: Scalar) -> Schedule:
     """Drop the same fraction at every change of topology.
 
     Args:
@@ -29,10 +30,10 @@ def constant_drop(alpha: float | int) -> Schedule:
       0.5
     """
     _check_alpha(alpha)
-    return lambda step: jnp.full(jnp.shape(step), alpha, jnp.float32)
+    return lambda step: jnp.asarray(alpha).astype(jnp.float32)
 
 
-def cosine_drop(alpha: float | int, stop: int) -> Schedule:
+def cosine_drop(alpha: Scalar, stop: int) -> Schedule:
     r"""Let the drop fraction fall along half a cosine.
 
     .. math:: f(t) = \frac{\alpha}{2} \left(1 + \cos\frac{\pi t}{T}\right)
@@ -61,7 +62,7 @@ def cosine_drop(alpha: float | int, stop: int) -> Schedule:
     return lambda step: alpha / 2 * (1 + jnp.cos(jnp.pi * _progress(step, stop)))
 
 
-def linear_drop(alpha: float | int, stop: int) -> Schedule:
+def linear_drop(alpha: Scalar, stop: int) -> Schedule:
     r"""Let the drop fraction fall linearly: ``alpha * (1 - t / T)``.
 
     Args:
@@ -82,9 +83,7 @@ def linear_drop(alpha: float | int, stop: int) -> Schedule:
     return inverse_power_drop(alpha, stop, 1.0)
 
 
-def inverse_power_drop(
-    alpha: float | int, stop: int, power: float | int = 3
-) -> Schedule:
+def inverse_power_drop(alpha: Scalar, stop: int, power: float | int = 3) -> Schedule:
     r"""Let the drop fraction fall as a power of the steps left.
 
     .. math:: f(t) = \alpha \left(1 - \frac{t}{T}\right)^{k}
@@ -120,8 +119,8 @@ def _progress(step: Int[Array, ""] | int, stop: int) -> Float[Array, ""]:
     return jnp.clip(jnp.asarray(step, jnp.float32) / stop, 0.0, 1.0)
 
 
-def _check_alpha(alpha: float | int) -> None:
-    if not 0 <= alpha <= 1:
+def _check_alpha(alpha: Scalar) -> None:
+    if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r} is a drop fraction and must be in [0, 1]")
 
 

@@ -37,6 +37,7 @@ class Case:
       other: further arguments.
       build: makes a whole optimizer of the stage.
       forward: the params that the model computes with.
+      static: arguments that `optax.inject_hyperparams` must leave alone.
     """
 
     factory: Callable[..., Any]
@@ -46,6 +47,7 @@ class Case:
         stage, optax.sgd(RATE, momentum=0.9)
     )
     forward: Callable[..., Any] = lambda params, plan, state: nm.sparsify(params, plan)
+    static: tuple[str, ...] = ()
 
     def optimizer(self, plan):
         return self.build(self.factory(plan, **self.hyperparameters, **self.other))
@@ -61,6 +63,17 @@ def last(stage):
 
 def phased(params, plan, state):
     return nm.sparsify(params, plan, active=nm.sparse_phase(state))
+
+
+def growing(plan, drop_fraction, total_steps, delta_t):
+    inner = optax.sgd(RATE, momentum=0.9)
+    return nm.rigl(
+        inner,
+        plan,
+        drop_fraction=drop_fraction,
+        total_steps=total_steps,
+        delta_t=delta_t,
+    )
 
 
 CASES = {
@@ -94,9 +107,22 @@ CASES = {
         {"window": 2},
         build=preconditioner,
         forward=phased,
+        static=("window",),
     ),
     "step-started": Case(
-        nm.scale_by_step, {"start": 2}, build=preconditioner, forward=phased
+        nm.scale_by_step,
+        {"start": 2},
+        build=preconditioner,
+        forward=phased,
+        static=("window",),
+    ),
+    "rigl": Case(
+        growing,
+        {"drop_fraction": 0.5},
+        {"total_steps": 6, "delta_t": 2},
+        build=lambda method: method,
+        forward=lambda params, plan, state: params,
+        static=("total_steps", "delta_t"),
     ),
 }
 
@@ -232,8 +258,7 @@ def test_partition_transforms_its_part_alone(name):
 @pytest.mark.usefixtures("standard")
 def test_injected_hyperparameters_are_dynamic(name):
     case = CASES[name]
-    static = ("window",) if case.factory is nm.scale_by_step else ()
-    make = optax.inject_hyperparams(case.factory, static_args=static)
+    make = optax.inject_hyperparams(case.factory, static_args=case.static)
     tx = case.build(make(PLAN, **case.hyperparameters, **case.other))
     state = tx.init(PARAMS)
     injected = functools.partial(step, tx)

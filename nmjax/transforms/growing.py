@@ -30,7 +30,7 @@ from nmjax.transforms.checks import check_at_least
 from nmjax.transforms.holding import Optimizer, hold
 from nmjax.typing import Masks, Params
 
-Drop = float | schedules.Schedule
+Drop = schedules.Scalar | schedules.Schedule
 Rule = Callable[..., Array]
 
 
@@ -431,7 +431,7 @@ def _cosine(drop: Drop, stop: int) -> schedules.Schedule:
     return schedules.cosine_drop(drop, max(1, stop))
 
 
-def _constant(drop: float) -> schedules.Schedule:
+def _constant(drop: schedules.Scalar) -> schedules.Schedule:
     return schedules.constant_drop(drop)
 
 
