@@ -11,6 +11,7 @@ in one process stall each other. This module imports neither JAX nor torch by it
 """
 
 import dataclasses
+import datetime
 import importlib.util
 import json
 import os
@@ -56,6 +57,7 @@ def describe() -> dict[str, str]:
         with open("/proc/cpuinfo") as lines:
             names = [ln.split(":")[1].strip() for ln in lines if "model name" in ln]
     return {
+        "date": datetime.date.today().isoformat(),
         "device": f"{device.platform} ({device.device_kind})",
         "processor": f"{names[0]}, {os.cpu_count()} cores",
         "python": platform.python_version(),

@@ -12,6 +12,25 @@ weight decay 5e-4, a cosine schedule from a learning rate of 0.1, random crops o
 image padded by 4, random flips.
 
 ``one_shot`` is the dense network of the same seed, pruned by magnitude after training.
+
+Results, accuracy in %, mean and sample standard deviation of seeds 0, 1 and 2, on 2
+cores of an AMD EPYC with jax 0.10.2:
+
+======== ============== ==============
+method   digits         CIFAR-10
+======== ============== ==============
+dense    98.40 +- 0.11  65.39 +- 0.57
+one_shot 57.41 +- 20.97 43.26 +- 5.80
+ste      98.09 +- 0.28  64.59 +- 0.35
+srste    98.58 +- 0.28  63.78 +- 0.36
+======== ============== ==============
+
+Digits: ``--method dense one_shot ste srste --seeds 0 1 2``, seconds per training.
+CIFAR-10: the same with ``--data-dir DATA --model resnet10 --width 16 --epochs 2
+--batch-size 64 --warmup 0.5``, 5 minutes per training on one core, on images decoded
+from JPEG copies. That is a small network and two epochs, not the recipe above; plain
+STE is ahead of SR-STE there.
+
 To add a method, write a function like `srste` below and name it in `METHODS`.
 """
 
