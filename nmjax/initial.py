@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from nmjax.planning import fan_in_axes
+from nmjax.patterns import fan_in_axes
 from nmjax.plans import LeafPlan, Plan, map_planned
 from nmjax.projection import apply_masks, compute_masks
 from nmjax.typing import Params

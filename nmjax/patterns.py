@@ -278,6 +278,31 @@ def fixed_density(pattern: Pattern) -> Fraction | None:
     return None
 
 
+def fan_in_axes(path: str, ndim: int) -> tuple[int, ...]:
+    """Tell which axes of a kernel are its inputs, as Flax lays kernels out.
+
+    Args:
+      path: path name of the leaf.
+      ndim: rank of one layer's kernel.
+
+    Returns:
+      Axes counted from the end: (-2,) for rank 2; (-3,) for the ``(in, heads,
+      head_dim)`` kernels named query, key and value of attention; otherwise all but
+      the last axis, as for convs and for attention's ``(heads, head_dim, out)``.
+
+    Example:
+      >>> from nmjax import patterns
+      >>> patterns.fan_in_axes("attention/query/kernel", 3)
+      (-3,)
+      >>> patterns.fan_in_axes("conv/kernel", 4)
+      (-4, -3, -2)
+    """
+    parent = path.split("/")[-2:-1]
+    if ndim == 3 and parent and parent[0] in ("query", "key", "value"):
+        return (-3,)
+    return tuple(range(-ndim, -1))
+
+
 def with_axis(pattern: Any, fan_in: tuple[int, ...]) -> Any:
     """Fill in a pattern's open axis with the last of a kernel's fan-in axes."""
     if pattern.axis is not None:

@@ -19,7 +19,15 @@ from nmjax import distributions
 from nmjax.budgets import Channel, FanIn, Unstructured
 from nmjax.distributions import Distribution
 from nmjax.paths import is_masked, named_leaves
-from nmjax.patterns import NM, VNM, Dense, Pattern, TransposableNM, fixed_density
+from nmjax.patterns import (
+    NM,
+    VNM,
+    Dense,
+    Pattern,
+    TransposableNM,
+    fan_in_axes,
+    fixed_density,
+)
 from nmjax.plans import LeafPlan, Plan
 from nmjax.typing import Params
 
@@ -108,31 +116,6 @@ def plan(
             "nm.plan(params, {'dense.*kernel': nm.NM(2, 4)})"
         )
     return _with_budgets(leaves, density)
-
-
-def fan_in_axes(path: str, ndim: int) -> tuple[int, ...]:
-    """Tell which axes of a kernel are its inputs, as Flax lays kernels out.
-
-    Args:
-      path: path name of the leaf.
-      ndim: rank of one layer's kernel.
-
-    Returns:
-      Axes counted from the end: (-2,) for rank 2; (-3,) for the ``(in, heads,
-      head_dim)`` kernels named query, key and value of attention; otherwise all but
-      the last axis, as for convs and for attention's ``(heads, head_dim, out)``.
-
-    Example:
-      >>> from nmjax import planning
-      >>> planning.fan_in_axes("attention/query/kernel", 3)
-      (-3,)
-      >>> planning.fan_in_axes("conv/kernel", 4)
-      (-4, -3, -2)
-    """
-    parent = path.split("/")[-2:-1]
-    if ndim == 3 and parent and parent[0] in ("query", "key", "value"):
-        return (-3,)
-    return tuple(range(-ndim, -1))
 
 
 def _check_rules(

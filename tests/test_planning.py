@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import nmjax as nm
-from nmjax import paths, planning
+from nmjax import paths, patterns
 
 
 def spec(*shape, dtype=jnp.float32):
@@ -276,6 +276,6 @@ def test_keys_with_slashes_are_refused_when_they_collide():
 
 
 def test_fan_in_axes_of_flax_kernels():
-    assert planning.fan_in_axes("mlp/kernel", 2) == (-2,)
-    assert planning.fan_in_axes("query/kernel", 3) == (-3,)
-    assert planning.fan_in_axes("out/kernel", 3) == (-3, -2)
+    assert patterns.fan_in_axes("mlp/kernel", 2) == (-2,)
+    assert patterns.fan_in_axes("query/kernel", 3) == (-3,)
+    assert patterns.fan_in_axes("out/kernel", 3) == (-3, -2)

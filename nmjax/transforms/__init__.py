@@ -4,16 +4,17 @@
   published form and in two forms for Adam.
 - `step`: `scale_by_step`, Adam in two phases (STEP).
 - `smooth`: `smooth_scales` and `smooth_sparsify`, a continuous forward (S-STE).
-- `growing`: `set_`, `rigl`, `srigl` and `static`, which keep params exactly sparse
-  around an inner optimizer and drop and grow weights.
+- `fixed`: `static`, which keeps params exactly sparse around an inner optimizer.
+- `growing`: `set_`, `rigl` and `srigl`, which drop and grow weights besides.
 - `pruning`: `one_shot`, `gradual` and `progressive_nm`, which become sparse on the way.
-- `holding`: the mechanism of these two.
+- `holding`: the mechanism of these three.
 - `state`: `masks` and `sparse_phase`, which find masks and phase in any nesting of
   optimizer states.
 """
 
 from nmjax.transforms.decay import SRSTEHybridState, SRSTEState, srste
-from nmjax.transforms.growing import rigl, set_, srigl, static
+from nmjax.transforms.fixed import static
+from nmjax.transforms.growing import rigl, set_, srigl
 from nmjax.transforms.pruning import gradual, one_shot, progressive_nm
 from nmjax.transforms.smooth import smooth_scales, smooth_sparsify, soft_threshold
 from nmjax.transforms.state import masks, sparse_phase
