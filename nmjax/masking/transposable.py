@@ -41,7 +41,7 @@ def transposable_nm_mask(
     pass is N:M as well. Counts are always exact. The sum is the highest possible for
     m = 4 (2:4 is the best of all 90 patterns) and m = 2. For other m the mask is a
     local optimum that no exchange between two rows improves, or close to one. Its kept
-    sum is below the best one (by linear programming), on blocks of |x| of normal x, by
+    sum is below the best one (by linear programming), on blocks of absolute normal values, by
 
     ====  ====  ====  ====  ====  ====  =====  =====
     1:8   2:8   4:8   1:16  4:16  8:16  4:32   16:32
