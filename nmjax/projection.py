@@ -186,7 +186,7 @@ def sparsify(
 
     Reference:
       Straight-through estimator: Bengio, Leonard and Courville, 2013, arXiv
-      1308.3432. For N:M masks: Zhou et al., 2021, arXiv 2102.04010, eq. 3 to 5.
+      1308.3432. For N:M masks: Zhou et al., 2021, arXiv 2102.04010.
     """
     masks = _masks_of(params, plan_or_masks)
     if active is not True:

@@ -52,7 +52,7 @@ def nm_mask(
     [1, 0, 1, 0]
 
     Reference: Zhou et al. 2021, Learning N:M fine-grained structured sparse neural
-    networks from scratch, arXiv:2102.04010, section 3.1 (N is KEPT there, too).
+    networks from scratch, arXiv:2102.04010 (N is KEPT there, too).
     """
     scores = as_scores(scores)
     check_n_of_m(n, m)
@@ -99,7 +99,7 @@ def vnm_mask(
     [[1, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0]]
 
     Reference: Castro et al. 2023, VENOM: a vectorized N:M format for unleashing the
-    power of sparse tensor cores, arXiv:2310.02065, section 3.
+    power of sparse tensor cores, arXiv:2310.02065.
     """
     scores = as_scores(scores)
     check_n_of_m(n, m)

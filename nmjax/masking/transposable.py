@@ -73,7 +73,7 @@ def transposable_nm_mask(
     [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]
 
     Reference: Hubara et al. 2021, Accelerated sparse neural training: a provable and
-    efficient method to find N:M transposable masks, arXiv:2102.08124, equation 8.
+    efficient method to find N:M transposable masks, arXiv:2102.08124.
     """
     scores = as_scores(scores)
     check_n_of_m(n, m)

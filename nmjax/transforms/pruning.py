@@ -62,7 +62,7 @@ def one_shot(
       [0.0, 0.0, 3.0, 4.0]
 
     Reference:
-      The basic recipe: Mishra et al., 2021, arXiv 2104.08378, section 4.
+      The basic recipe: Mishra et al., 2021, arXiv 2104.08378.
     """
     check_at_least("at", at, 1)
     return hold(inner, plan, _OneShot(plan, at, saliency), "nm.one_shot")
