@@ -40,8 +40,8 @@ def transposable_nm_mask(
     so that the mask is N:M along both axes, and the transposed kernel of the backward
     pass is N:M as well. Counts are always exact. The sum is the highest possible for
     m = 4 (2:4 is the best of all 90 patterns) and m = 2. For other m the mask is a
-    local optimum that no exchange between two rows improves, or close to one. Its kept
-    sum is below the best one (by linear programming), on blocks of absolute normal values, by
+    local optimum that no exchange between two rows improves, or close to one. On blocks
+    of absolute normal values, its kept sum is below the best (by linear programming) by
 
     ====  ====  ====  ====  ====  ====  =====  =====
     1:8   2:8   4:8   1:16  4:16  8:16  4:32   16:32
