@@ -13,7 +13,7 @@ import jax
 from nmjax.distributions import check_density, round_half_up
 from nmjax.masking import block_mask, channel_mask, fan_in_mask, topk_mask
 from nmjax.masking.ordering import as_axis
-from nmjax.patterns import Shape, axis_text, fits_multiple, from_end, with_axis
+from nmjax.patterns import Shape, axis_of, axis_text, fits_multiple, from_end, with_axis
 from nmjax.typing import Budget, FloatArray, MaskArray
 
 
@@ -170,7 +170,7 @@ class Block:
 
     def validate(self, shape: Shape) -> None:
         """Raise unless blocks tile the kernel."""
-        fits_multiple(shape, self._axis, self.inputs, "inputs")
+        fits_multiple(shape, axis_of(self), self.inputs, "inputs")
         fits_multiple(shape, -1, self.outputs, "outputs")
 
     def kept(self, shape: Shape, budget: Budget | None = None) -> Any:
@@ -183,7 +183,7 @@ class Block:
     ) -> MaskArray:
         """Keep the blocks with the largest sums; see `nm.block_mask`."""
         kept = self.kept(scores.shape[stacked:], budget)
-        axis = from_end(self._axis, scores.ndim, stacked)
+        axis = from_end(axis_of(self), scores.ndim, stacked)
         return block_mask(
             scores,
             kept // (self.outputs * self.inputs),
@@ -191,10 +191,6 @@ class Block:
             axes=(axis, -1),
             batch_axes=tuple(range(stacked)),
         )
-
-    @property
-    def _axis(self) -> int:
-        return -2 if self.axis is None else self.axis
 
     def __str__(self) -> str:
         """Name the pattern."""

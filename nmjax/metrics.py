@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from nmjax.masking.ordering import count_shards, split_axis
 from nmjax.paths import is_masked, named_leaves
 from nmjax.typing import Masks, Params
 
@@ -296,18 +296,10 @@ def _add_bytes(mask: Array) -> Array:
         range(mask.ndim), key=lambda i: -(mask.shape[i] & -mask.shape[i])
     ):
         length = mask.shape[axis]
-        if length % (16 * _shards(mask, axis)) == 0:
-            shape = (*mask.shape[:axis], length // 16, 16, *mask.shape[axis + 1 :])
-            return jnp.sum(mask.reshape(shape), axis=axis + 1, dtype=jnp.uint8)
+        if length % (16 * count_shards(mask, axis)) == 0:
+            parts = split_axis(mask, axis, 16)
+            return jnp.sum(parts, axis=axis + 1, dtype=jnp.uint8)
     return mask
-
-
-def _shards(array: Array, axis: int) -> int:
-    """Count the shards along an axis of an array on an Explicit mesh; else 1."""
-    sharding = jax.typeof(array).sharding
-    names = sharding.spec[axis]
-    names = (names,) if isinstance(names, str) else names or ()
-    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _as_int(parts: Sequence[Array]) -> Int[Array, ""]:

@@ -106,7 +106,7 @@ class NM:
 
     def validate(self, shape: Shape) -> None:
         """Raise unless the axis exists and its length is a multiple of m."""
-        fits_multiple(shape, self._axis, self.m, "m")
+        fits_multiple(shape, axis_of(self), self.m, "m")
 
     def kept(self, shape: Shape, budget: Budget | None = None) -> int:
         """Count n of every m."""
@@ -116,12 +116,8 @@ class NM:
         self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep the n largest scores of every group; see `nm.nm_mask`."""
-        axis = from_end(self._axis, scores.ndim, stacked)
+        axis = from_end(axis_of(self), scores.ndim, stacked)
         return nm_mask(scores, self.n, self.m, axis)
-
-    @property
-    def _axis(self) -> int:
-        return -2 if self.axis is None else self.axis
 
     def __str__(self) -> str:
         """Name the pattern."""
@@ -167,7 +163,7 @@ class TransposableNM:
 
     def validate(self, shape: Shape) -> None:
         """Raise unless both axes have lengths that are multiples of m."""
-        fits_multiple(shape, self._axis, self.m, "m")
+        fits_multiple(shape, axis_of(self), self.m, "m")
         fits_multiple(shape, -1, self.m, "m")
 
     def kept(self, shape: Shape, budget: Budget | None = None) -> int:
@@ -178,12 +174,8 @@ class TransposableNM:
         self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Keep the best pattern of every block; see `nm.transposable_nm_mask`."""
-        axis = from_end(self._axis, scores.ndim, stacked)
+        axis = from_end(axis_of(self), scores.ndim, stacked)
         return transposable_nm_mask(scores, self.n, self.m, (axis, -1))
-
-    @property
-    def _axis(self) -> int:
-        return -2 if self.axis is None else self.axis
 
     def __str__(self) -> str:
         """Name the pattern."""
@@ -233,7 +225,7 @@ class VNM:
 
     def validate(self, shape: Shape) -> None:
         """Raise unless blocks of m inputs and v outputs tile the kernel."""
-        fits_multiple(shape, self._axis, self.m, "m")
+        fits_multiple(shape, axis_of(self), self.m, "m")
         fits_multiple(shape, -1, self.v, "v")
 
     def kept(self, shape: Shape, budget: Budget | None = None) -> int:
@@ -244,12 +236,8 @@ class VNM:
         self, scores: FloatArray, budget: Budget | None = None, stacked: int = 0
     ) -> MaskArray:
         """Choose inputs per vector, then n of 4; see `nm.vnm_mask`."""
-        axis = from_end(self._axis, scores.ndim, stacked)
+        axis = from_end(axis_of(self), scores.ndim, stacked)
         return vnm_mask(scores, self.v, self.n, self.m, axis, -1)
-
-    @property
-    def _axis(self) -> int:
-        return -2 if self.axis is None else self.axis
 
     def __str__(self) -> str:
         """Name the pattern."""
@@ -301,6 +289,11 @@ def fan_in_axes(path: str, ndim: int) -> tuple[int, ...]:
     if ndim == 3 and parent and parent[0] in ("query", "key", "value"):
         return (-3,)
     return tuple(range(-ndim, -1))
+
+
+def axis_of(pattern: Any) -> int:
+    """Give a pattern's axis, -2 where it is still open."""
+    return -2 if pattern.axis is None else pattern.axis
 
 
 def with_axis(pattern: Any, fan_in: tuple[int, ...]) -> Any:

@@ -415,3 +415,17 @@ def test_update_without_params_is_refused():
     tx, _, params = build("rigl", optax.sgd(0.1))
     with pytest.raises(ValueError, match="nm.rigl needs the params"):
         tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nm.gradual(optax.sgd(0.1), "2:4", start=0, stop=3),
+        lambda: nm.progressive_nm(optax.sgd(0.1), "2:4", {0: 2}),
+        lambda: nm.rigl(optax.sgd(0.1), "2:4", total_steps=9),
+        lambda: nm.static(optax.sgd(0.1), "2:4"),
+    ],
+)
+def test_what_is_no_plan_is_refused(unchecked, make):
+    with pytest.raises(TypeError, match="plan must be made by nm.plan, got str"):
+        make()

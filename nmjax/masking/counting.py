@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Integer
 
-from nmjax.masking.ordering import split_axis
+from nmjax.masking.ordering import count_shards, split_axis
 from nmjax.masking.ranking import stop_fusion
 
 DIGIT = 8  # bits
@@ -189,8 +189,5 @@ def _add_up(parts: Array, axis: int) -> Array:
 def _has_parts(x: Array, axis: int, part: int) -> bool:
     """Tell whether axis splits into parts so that every shard holds whole ones."""
     groups, rest = divmod(x.shape[axis], part)
-    sharding = jax.typeof(x).sharding
-    names = sharding.spec[axis] or ()  # known for axes of an Explicit mesh only
-    names = names if isinstance(names, tuple) else (names,)
-    shards = math.prod(sharding.mesh.shape[name] for name in names)
-    return rest == 0 and groups > 0 and groups % 16 == 0 and groups % shards == 0
+    even = groups % 16 == 0 and groups % count_shards(x, axis) == 0
+    return rest == 0 and groups > 0 and even

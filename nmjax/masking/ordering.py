@@ -6,6 +6,7 @@ and every NaN equals every other. A NaN is therefore kept, and stays visible, in
 of being pruned silently.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -134,6 +135,14 @@ def check_multiple(shape: Sequence[int], axis: int, m: int, name: str = "m") -> 
             f"not a multiple of {name}={m}; choose another axis or pattern, or keep "
             "this array dense"
         )
+
+
+def count_shards(x: Array, axis: int) -> int:
+    """Count the shards along an axis; known on an Explicit mesh only, else 1."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def split_axis(x: Array, axis: int, m: int) -> Array:

@@ -96,6 +96,12 @@ def check_phase(start: Any, stop: Any) -> None:
         )
 
 
+def check_is_plan(plan: Any) -> None:
+    """Raise TypeError unless an argument is a plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be made by nm.plan, got {type(plan).__name__}")
+
+
 def check_fit(plan: Plan, params: Params) -> None:
     """Raise unless the plan was made for these params.
 

@@ -36,6 +36,7 @@ from nmjax.transforms.checks import (
     check_eps,
     check_fit,
     check_fraction,
+    check_is_plan,
     check_params,
     check_phase,
     concrete,
@@ -193,8 +194,7 @@ def srste(
       and takes :math:`v` of the uncorrected :math:`r`, which makes the first steps
       :math:`1 / (1 - \beta_1)` times as long. Here only :math:`m` is corrected.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be made by nm.plan, got {type(plan).__name__}")
+    check_is_plan(plan)
     _check_arguments(decay, mode, learning_rate, b1, b2, eps)
     check_phase(start, stop)
     check_at_least("refresh", refresh, 1)

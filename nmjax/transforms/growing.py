@@ -26,7 +26,7 @@ from nmjax.budgets import FanIn, Unstructured
 from nmjax.patterns import NM
 from nmjax.plans import LeafPlan, Plan, map_planned
 from nmjax.projection import compute_masks
-from nmjax.transforms.checks import check_at_least
+from nmjax.transforms.checks import check_at_least, check_is_plan
 from nmjax.transforms.holding import Optimizer, hold
 from nmjax.typing import Masks, Params
 
@@ -135,7 +135,9 @@ def set_(
       Mocanu et al., 2018, arXiv 1707.04780.
     """
     _check_patterns(plan, (Unstructured, FanIn, NM), "nm.set_")
-    drop = drop_fraction if callable(drop_fraction) else _constant(drop_fraction)
+    drop = drop_fraction
+    if not callable(drop):
+        drop = schedules.constant_drop(drop)
 
     def rule(leaf, key, weights, mask, grads, fraction):
         del grads
@@ -340,8 +342,7 @@ def _fan_in_shape(leaf: LeafPlan) -> tuple[tuple[int, ...], int]:
 
 def _check_patterns(plan: Any, allowed: tuple[type, ...], name: str) -> None:
     """Raise where a method cannot grow a leaf's pattern."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be made by nm.plan, got {type(plan).__name__}")
+    check_is_plan(plan)
     for leaf in plan.sparse_leaves:
         if not isinstance(leaf.pattern, allowed):
             names = ", ".join(kind.__name__ for kind in allowed)
@@ -375,10 +376,6 @@ def _cosine(drop: Drop, stop: int) -> schedules.Schedule:
     if callable(drop):
         return drop
     return schedules.cosine_drop(drop, max(1, stop))
-
-
-def _constant(drop: schedules.Scalar) -> schedules.Schedule:
-    return schedules.constant_drop(drop)
 
 
 def _matching(plan: Plan, regexes: str | Sequence[str]) -> set[str]:

@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from nmjax.paths import is_masked
 from nmjax.plans import Plan, matching_leaves, named_leaves
 from nmjax.projection import apply_masks
-from nmjax.transforms.checks import check_fit, check_params
+from nmjax.transforms.checks import check_fit, check_is_plan, check_params
 from nmjax.typing import Masks, Params
 
 Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
@@ -108,8 +108,7 @@ def hold(
       A transform whose `update` also takes ``topology=True`` or ``False`` (a Python
       bool) to force a change or to leave it out, for callers that jit two steps.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be made by nm.plan, got {type(plan).__name__}")
+    check_is_plan(plan)
     if not hasattr(inner, "init") or not hasattr(inner, "update"):
         raise TypeError(f"inner of {name} must be an optax optimizer, got {inner!r}")
     if isinstance(inner, optax.MultiSteps):

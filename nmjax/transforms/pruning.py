@@ -19,7 +19,7 @@ from nmjax.patterns import NM
 from nmjax.plans import LeafPlan, Plan, map_planned
 from nmjax.projection import compute_masks
 from nmjax.saliency import magnitude
-from nmjax.transforms.checks import check_at_least
+from nmjax.transforms.checks import check_at_least, check_is_plan
 from nmjax.transforms.holding import Optimizer, hold
 from nmjax.typing import Masks, Params
 
@@ -131,6 +131,7 @@ def gradual(
     Reference:
       Zhu and Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878, equation 1.
     """
+    check_is_plan(plan)
     check_at_least("start", start, 0)
     check_at_least("every", every, 1)
     if stop <= start:
@@ -197,6 +198,7 @@ def progressive_nm(
       The progressive recipe: NVIDIA, "Structured Sparsity in the NVIDIA Ampere
       Architecture and Applications in Search Engines", 2023.
     """
+    check_is_plan(plan)
     steps, counts = sorted(ladder), [ladder[step] for step in sorted(ladder)]
     for leaf in plan.sparse_leaves:
         if not isinstance(leaf.pattern, NM):

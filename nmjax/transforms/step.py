@@ -24,6 +24,7 @@ from nmjax.transforms.checks import (
     check_eps,
     check_fit,
     check_fraction,
+    check_is_plan,
     check_params,
     concrete,
 )
@@ -134,8 +135,7 @@ def scale_by_step(
       Here the first test waits until the window is full, and the frozen moment keeps
       its bias correction, which matters when `start` is small.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be made by nm.plan, got {type(plan).__name__}")
+    check_is_plan(plan)
     automatic = {
         "threshold": threshold,
         "window": window,
