@@ -166,7 +166,9 @@ def test_only_axes_that_split_between_shards_are_split(
     rows, shards, split, monkeypatch
 ):
     mask = jnp.ones((rows, 16), bool)
-    monkeypatch.setattr(metrics, "_shards", lambda _, axis: shards if axis == 0 else 1)
+    monkeypatch.setattr(
+        metrics, "count_shards", lambda _, axis: shards if axis == 0 else 1
+    )
     expected = (rows // 16, 16) if split == 0 else (rows, 1)
     assert metrics._add_bytes(mask).shape == expected
 
