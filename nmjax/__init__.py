@@ -21,10 +21,12 @@ from nmjax.masking import (
     transposable_nm_mask,
     vnm_mask,
 )
+from nmjax.neurons import active_neurons
 from nmjax.patterns import NM, VNM, Dense, TransposableNM
 from nmjax.planning import plan
 from nmjax.plans import LeafPlan, Plan
 from nmjax.projection import apply_masks, compute_masks, project, sparsify
+from nmjax.removal import remove_neurons
 from nmjax.topology import rigl_update, set_update, srigl_update
 from nmjax.tracking import tracker
 from nmjax.transforms import (
@@ -56,6 +58,7 @@ __all__ = [
     "Plan",
     "TransposableNM",
     "Unstructured",
+    "active_neurons",
     "apply_masks",
     "block_mask",
     "channel_mask",
@@ -72,6 +75,7 @@ __all__ = [
     "plan",
     "progressive_nm",
     "project",
+    "remove_neurons",
     "rigl",
     "rigl_update",
     "scale_by_step",

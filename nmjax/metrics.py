@@ -1,8 +1,8 @@
 """Metrics: how sparse the masks are, how fast they change and what they keep.
 
-`density`, `sad`, `flip_rate` and `kept_magnitude` take arrays or trees and give one
-scalar; `per_leaf` gives one for each leaf. `nm.tracker` measures all of them at every
-step of a training.
+`density`, `sad`, `flip_rate`, `overlap` and `kept_magnitude` take arrays or trees and
+give one scalar; `per_leaf` gives one for each leaf. `explore` collects the positions
+that a training has used so far. `nm.tracker` measures at every step of a training.
 
 Kept weights and flips are counted in integers, exactly for any number of weights,
 and become float32 only in the last division. Trees of masks hold bool arrays,
@@ -14,10 +14,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from nmjax.masking.ordering import count_shards, split_axis
+from nmjax.pairing import check_bool, leaf_name, pair, pair_masks, pair_params
 from nmjax.paths import is_masked, named_leaves
 from nmjax.typing import Masks, Params
 
@@ -49,9 +51,9 @@ def density(masks: Masks) -> Float[Array, ""]:
       >>> float(metrics.density(jnp.array([True, False, False, False])))
       0.25
     """
-    leaves = _align(masks=masks)
+    leaves = pair(masks=masks)
     for path, (mask,) in leaves.items():
-        _check_bool(path, mask)
+        check_bool(path, mask)
     size = sum(mask.size for (mask,) in leaves.values())
     return _divide([_count(mask) for (mask,) in leaves.values()], size)
 
@@ -81,7 +83,7 @@ def density_all(params: Params, masks: Masks) -> Float[Array, ""]:
       >>> float(metrics.density(masks)), float(metrics.density_all(params, masks))
       (0.5, 0.75)
     """
-    _align_params(params, masks)
+    pair_params(params, masks)
     size = _total_size(masks) / _total_size(params)
     return 1.0 - (1.0 - density(masks)) * size
 
@@ -117,7 +119,7 @@ def sad(old: Masks, new: Masks) -> Int[Array, ""]:
       Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From
       Scratch", 2021, arXiv 2102.04010.
     """
-    leaves = _align_masks(old, new)
+    leaves = pair_masks(old, new)
     size = sum(mask.size for _, mask in leaves.values())
     if size > INT32_MAX:
         raise ValueError(
@@ -157,9 +159,82 @@ def flip_rate(old: Masks, new: Masks) -> Float[Array, ""]:
       Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", 2024,
       arXiv 2404.01847.
     """
-    leaves = _align_masks(old, new)
+    leaves = pair_masks(old, new)
     size = sum(mask.size for _, mask in leaves.values())
     return _divide([_count(before != after) for before, after in leaves.values()], size)
+
+
+def overlap(old: Masks, new: Masks) -> Float[Array, ""]:
+    r"""Give the share of the kept weights that stayed.
+
+    .. math:: \frac{\sum_i e_i^\mathrm{old} e_i^\mathrm{new}}{\sum_i e_i^\mathrm{old}}
+
+    Old masks that keep nothing have nothing to lose: the result is 1.
+
+    Args:
+      old: masks before; a bool array or a tree of them.
+      new: masks after, of the same paths and shapes.
+
+    Returns:
+      float32 scalar in [0, 1].
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: the masks differ in paths or shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import metrics
+      >>> old = jnp.array([True, True, False, False])
+      >>> float(metrics.overlap(old, jnp.array([True, False, True, True])))
+      0.5
+    """
+    leaves = pair_masks(old, new)
+    stayed = add_counts([_count(before & after) for before, after in leaves.values()])
+    kept = add_counts([_count(before) for before, _ in leaves.values()])
+    return jnp.where(kept == 0, 1.0, stayed / jnp.where(kept == 0, 1.0, kept))
+
+
+def explore(explored: Masks, masks: Masks) -> Masks:
+    r"""Add the positions that masks keep to those explored so far.
+
+    .. math:: U_t = U_{t-1} \lor E_t, \qquad R_s = \frac{1}{n} \sum_i u_i
+
+    The density of the result, ``density(explored)``, is the in-time
+    over-parameterisation rate :math:`R_s` (ITOP) of the sparse leaves. Start with a
+    training's first masks.
+
+    Args:
+      explored: positions kept at some time; a bool array or a tree of them.
+      masks: the masks now, of the same paths and shapes.
+
+    Returns:
+      A tree with the structure of `masks`, dense leaves `optax.MaskedNode()`.
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: the masks differ in paths or shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import metrics
+      >>> explored = jnp.array([True, False, False, False])
+      >>> explored = metrics.explore(explored, jnp.array([False, True, False, False]))
+      >>> float(metrics.density(explored))
+      0.5
+
+    Reference:
+      Liu, Yin, Mocanu and Pechenizkiy, "Do We Actually Need Dense
+      Over-Parameterization? In-Time Over-Parameterization in Sparse Training", 2021,
+      arXiv 2102.02887.
+    """
+    leaves = pair_masks(explored, masks)
+    pairs, treedef = named_leaves(masks)
+    union = [
+        mask if is_masked(mask) else jnp.logical_or(*leaves[path])
+        for path, mask in pairs
+    ]
+    return jax.tree.unflatten(treedef, union)
 
 
 def kept_magnitude(params: Params, masks: Masks) -> Float[Array, ""]:
@@ -189,7 +264,7 @@ def kept_magnitude(params: Params, masks: Masks) -> Float[Array, ""]:
       >>> float(metrics.kept_magnitude(weights, mask))
       0.75
     """
-    leaves = _align_params(params, masks)
+    leaves = pair_params(params, masks)
     return _ratio([_magnitudes(path, *leaf) for path, leaf in leaves.items()])
 
 
@@ -217,60 +292,7 @@ def per_leaf(metric: Callable[..., Array], *trees: PyTree) -> dict[str, Array]:
       0.25
     """
     named = {f"tree {i}": tree for i, tree in enumerate(trees)}
-    return {path: metric(*leaf) for path, leaf in _align(**named).items()}
-
-
-def _align(**trees: PyTree) -> dict[str, tuple[Any, ...]]:
-    """Give path -> leaves of all trees, for the array leaves of the last tree."""
-    named = {
-        name: {
-            path: leaf for path, leaf in named_leaves(tree)[0] if not is_masked(leaf)
-        }
-        for name, tree in trees.items()
-    }
-    *others, last = named
-    if not named[last]:
-        raise ValueError(f"{last} has no array: every leaf is optax.MaskedNode()")
-    for path, leaf in named[last].items():
-        for name in others:
-            if path not in named[name]:
-                raise ValueError(f"{_leaf(path)} is in {last} but not in {name}")
-            if jnp.shape(named[name][path]) != jnp.shape(leaf):
-                raise ValueError(
-                    f"{_leaf(path)} has shape {jnp.shape(named[name][path])} in {name} "
-                    f"but {jnp.shape(leaf)} in {last}"
-                )
-    return {path: tuple(named[name][path] for name in named) for path in named[last]}
-
-
-def _align_masks(old: Masks, new: Masks) -> dict[str, tuple[Any, ...]]:
-    """Pair masks by path; neither tree may have one more."""
-    _align(new=new, old=old)
-    leaves = _align(old=old, new=new)
-    for path, masks in leaves.items():
-        for mask in masks:
-            _check_bool(path, mask)
-    return leaves
-
-
-def _align_params(params: Params, masks: Masks) -> dict[str, tuple[Any, ...]]:
-    """Pair every mask with its weights."""
-    leaves = _align(params=params, masks=masks)
-    for path, (_, mask) in leaves.items():
-        _check_bool(path, mask)
-    return leaves
-
-
-def _check_bool(path: str, mask: Any) -> None:
-    if jnp.result_type(mask) != jnp.bool_:
-        raise TypeError(
-            f"mask of {_leaf(path)} has dtype {jnp.result_type(mask)}, must be bool"
-        )
-
-
-def _leaf(path: str) -> str:
-    """Name a leaf in a message; an array that is the whole tree has no path."""
-    return f"leaf {path!r}" if path else "the array"
+    return {path: metric(*leaf) for path, leaf in pair(**named).items()}
 
 
 def _count(mask: Any) -> Int[Array, "..."]:
@@ -307,21 +329,38 @@ def _as_int(parts: Sequence[Array]) -> Int[Array, ""]:
     return functools.reduce(jnp.add, [jnp.sum(p, dtype=jnp.int32) for p in parts])
 
 
-def _divide(parts: Sequence[Array], size: int) -> Float[Array, ""]:
-    """Divide the sum of counts by a size.
+def add_counts(parts: Sequence[Array]) -> Float[Array, ""]:
+    """Add counts exactly, and round once, to float32.
 
-    The sum is exact: it is held as high * 2**8 + low, with room for 2**39 entries.
+    The sum is held as high * 2**8 + low.
+
+    Args:
+      parts: int32 arrays without negative entries, with at most 2**23 entries and a
+        sum below 2**39, all together.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      ValueError: there are more entries.
     """
+    if (entries := sum(part.size for part in parts)) > 2 ** (31 - _LIMB):
+        raise ValueError(f"{entries} partial counts are too many to be added")
+    low = _as_int([part & (2**_LIMB - 1) for part in parts])
+    high = _as_int([part >> _LIMB for part in parts]) + (low >> _LIMB)
+    low = (low & (2**_LIMB - 1)).astype(jnp.float32)
+    return high.astype(jnp.float32) * 2.0**_LIMB + low
+
+
+def _divide(parts: Sequence[Array], size: int) -> Float[Array, ""]:
+    """Divide the sum of counts by a size."""
     if size == 0:
         raise ValueError(
             "the masks have no entries; a fraction of nothing is undefined"
         )
-    if size > 2 ** (31 + _LIMB) or sum(part.size for part in parts) > 2 ** (31 - _LIMB):
+    if size > 2 ** (31 + _LIMB):
         raise ValueError(f"masks with {size} entries are too large to be counted")
-    low = _as_int([part & (2**_LIMB - 1) for part in parts])
-    high = _as_int([part >> _LIMB for part in parts]) + (low >> _LIMB)
-    low = (low & (2**_LIMB - 1)).astype(jnp.float32)
-    return (high.astype(jnp.float32) * 2.0**_LIMB + low) / float(size)
+    return add_counts(parts) / float(size)
 
 
 def _total_size(params: Params) -> int:
@@ -333,7 +372,7 @@ def _magnitudes(path: str, weights: Any, mask: Any) -> tuple[Array, Array]:
     """Sum the magnitude of the kept and of all weights."""
     dtype = jnp.result_type(weights)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{_leaf(path)} has dtype {dtype}, must be floating point")
+        raise TypeError(f"{leaf_name(path)} has dtype {dtype}, must be floating point")
     wide = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
     size = jnp.abs(weights).astype(wide)
     kept = jnp.where(mask, size, jnp.zeros((), wide))
