@@ -34,6 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
@@ -385,6 +386,23 @@ def nonzero_fraction(params: Any, plan: nm.Plan) -> float:
         if planned.is_sparse
     ]
     return sum(np.count_nonzero(x) for x in leaves) / sum(x.size for x in leaves)
+
+
+def active_neurons(params: Any, masks: Any, plan: nm.Plan) -> float:
+    """Return the fraction of neurons with an input, of the leaves in the plan.
+
+    Without masks, an input is a weight that is not zero.
+    """
+    leaves = jax.tree.leaves(
+        params if masks is None else masks,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    alive = [
+        np.any(np.asarray(leaf) != 0, axis=tuple(range(leaf.ndim - 1)))
+        for leaf, planned in zip(leaves, plan.leaves, strict=True)
+        if planned.is_sparse
+    ]
+    return float(np.concatenate(alive).mean())
 
 
 def write_results(

@@ -11,6 +11,7 @@ from typing import Any as _Any
 from nmjax.budgets import Block, Channel, FanIn, Unstructured
 from nmjax.distributions import er, erk, global_, uniform
 from nmjax.initial import sparse_init
+from nmjax.lottery import rewind
 from nmjax.masking import (
     block_mask,
     channel_mask,
@@ -31,6 +32,7 @@ from nmjax.topology import rigl_update, set_update, srigl_update
 from nmjax.tracking import tracker
 from nmjax.transforms import (
     gradual,
+    group_lasso,
     masks,
     one_shot,
     progressive_nm,
@@ -69,6 +71,7 @@ __all__ = [
     "global_",
     "global_topk_mask",
     "gradual",
+    "group_lasso",
     "masks",
     "nm_mask",
     "one_shot",
@@ -76,6 +79,7 @@ __all__ = [
     "progressive_nm",
     "project",
     "remove_neurons",
+    "rewind",
     "rigl",
     "rigl_update",
     "scale_by_step",

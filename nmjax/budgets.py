@@ -11,7 +11,13 @@ from typing import Any
 import jax
 
 from nmjax.distributions import check_density, round_half_up
-from nmjax.masking import block_mask, channel_mask, fan_in_mask, topk_mask
+from nmjax.masking import (
+    block_mask,
+    block_sums,
+    channel_mask,
+    fan_in_mask,
+    topk_mask,
+)
 from nmjax.masking.ordering import as_axis
 from nmjax.patterns import Shape, axis_of, axis_text, fits_multiple, from_end, with_axis
 from nmjax.typing import Budget, FloatArray, MaskArray
@@ -192,6 +198,11 @@ class Block:
             batch_axes=tuple(range(stacked)),
         )
 
+    def group_sums(self, values: FloatArray, stacked: int = 0) -> FloatArray:
+        """Give every weight the sum of its block's values, in float32."""
+        axis = from_end(axis_of(self), values.ndim, stacked)
+        return block_sums(values, (self.inputs, self.outputs), (axis, -1))
+
     def __str__(self) -> str:
         """Name the pattern."""
         return f"block {self.outputs}x{self.inputs}{axis_text(self.axis)}"
@@ -239,6 +250,12 @@ class Channel:
         k = self.kept(shape, budget) * shape[self.axis] // math.prod(shape)
         axis = from_end(self.axis, scores.ndim, stacked)
         return channel_mask(scores, k, axis, batch_axes=tuple(range(stacked)))
+
+    def group_sums(self, values: FloatArray, stacked: int = 0) -> FloatArray:
+        """Give every weight the sum of its channel's values, in float32."""
+        channel = from_end(self.axis, values.ndim, stacked) % values.ndim
+        axes = tuple(a for a in range(stacked, values.ndim) if a != channel)
+        return block_sums(values, tuple(values.shape[a] for a in axes), axes)
 
     def __str__(self) -> str:
         """Name the pattern."""

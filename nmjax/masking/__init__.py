@@ -11,11 +11,12 @@ works under `jax.jit`, `jax.vmap`, `jax.export` and meshes with Auto or Explicit
 
 from nmjax.masking.grouped import nm_mask, vnm_mask
 from nmjax.masking.selection import fan_in_mask, global_topk_mask, topk_mask
-from nmjax.masking.structured import block_mask, channel_mask
+from nmjax.masking.structured import block_mask, block_sums, channel_mask
 from nmjax.masking.transposable import transposable_nm_mask
 
 __all__ = [
     "block_mask",
+    "block_sums",
     "channel_mask",
     "fan_in_mask",
     "global_topk_mask",

@@ -25,6 +25,7 @@ from nmjax.reports.history import (
 )
 from nmjax.reports.plots import plot_comparison, plot_history
 from nmjax.reports.series import PANELS
+from nmjax.reports.sweep import plot_sweep
 from nmjax.reports.tables import markdown, print_table, rich_table, summarize, table
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "markdown",
     "plot_comparison",
     "plot_history",
+    "plot_sweep",
     "print_table",
     "read_json",
     "rich_table",

@@ -17,6 +17,7 @@ import numpy as np
 from nmjax.reports.history import History
 from nmjax.reports.optional import require
 from nmjax.reports.series import (
+    TITLES,
     choose_panels,
     constant_layers,
     layers_of,
@@ -32,6 +33,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 DASHES = ("-", "--", ":", "-.")
 """Line styles of the totals in one panel, in order of appearance."""
+
+FROM_ZERO = ("density", "itop", "active_neurons", "fan_in_max")
+"""Metrics whose axis begins at 0, as shares and counts are read."""
 
 MAX_LEGEND = 24
 """With more layers than this, a colour bar replaces the legend."""
@@ -80,7 +84,7 @@ def plot_history(
     names = choose_panels([history], panels, x)
     layers = layers_of(history, names)
     colours = layer_colours(layers)
-    figure, axes = _grid(module, len(names), title)
+    figure, axes = grid(module, len(names), title)
     for axis, name in zip(axes, names, strict=False):
         totals = total_keys([history], name)
         bars = constant_layers(history, name)
@@ -108,7 +112,7 @@ def plot_history(
         if len(totals) > 1 or with_layers:
             axis.legend(frameon=False, fontsize="small")
     _layer_legend(figure, axes, len(names), colours)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_comparison(
@@ -154,7 +158,7 @@ def plot_comparison(
     seeds = {method: _as_seeds(method, histories) for method, histories in runs.items()}
     everything = [history for histories in seeds.values() for history in histories]
     names = choose_panels(everything, panels, x, totals_only=True)
-    figure, axes = _grid(module, len(names), title)
+    figure, axes = grid(module, len(names), title)
     lines: dict[str, Any] = {}
     for axis, name in zip(axes, names, strict=False):
         drawn = []
@@ -189,7 +193,7 @@ def plot_comparison(
         ncols=min(len(lines), 3),
         frameon=False,
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def layer_colours(layers: Sequence[str]) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def _as_seeds(method: str, histories: Any) -> list[History]:
     return list(histories)
 
 
-def _grid(module: Any, panels: int, title: str | None) -> tuple[Any, list[Any]]:
+def grid(module: Any, panels: int, title: str | None) -> tuple[Any, list[Any]]:
     """Make a figure with that many axes."""
     columns = panels if panels < 4 else math.ceil(panels / 2)
     rows = math.ceil(panels / columns)
@@ -262,7 +266,7 @@ def _draw_bars(
 
 def _finish(axis: Any, name: str, x: str, drawn: Sequence[Any]) -> None:
     """Set title, scale and grid, and tell of points that cannot be drawn."""
-    axis.set_title(name.replace("_", " "))
+    axis.set_title(TITLES.get(name, name.replace("_", " ")))
     axis.set_xlabel(x)
     axis.grid(color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
@@ -277,7 +281,7 @@ def _finish(axis: Any, name: str, x: str, drawn: Sequence[Any]) -> None:
         axis.axvline(steps[~finite].min(), color="#C00000", linestyle=":", linewidth=1)
     positive = values[finite & (values > 0)]
     span = positive.max() / positive.min() if positive.size else 1.0
-    if name == "density" and positive.size:
+    if name in FROM_ZERO and positive.size:
         axis.set_ylim(0.0, 1.1 * positive.max())
     if not name.endswith(("loss", "flip_rate")) or span <= 20:
         return
@@ -317,7 +321,7 @@ def _layer_legend(figure: Any, axes: Sequence[Any], panels: int, colours: Any) -
     bar.set_label("layer, first to last")
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+def save(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Write the picture and give its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

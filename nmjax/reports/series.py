@@ -6,8 +6,23 @@ import numpy as np
 
 from nmjax.reports.history import History
 
-PANELS = ("loss", "accuracy", "flip_rate", "density", "kept_magnitude")
+PANELS = (
+    "loss",
+    "accuracy",
+    "flip_rate",
+    "density",
+    "kept_magnitude",
+    "itop",
+    "active_neurons",
+)
 """The panels that are drawn, where the history has them, unless told otherwise."""
+
+TITLES = {
+    "itop": "positions explored (ITOP)",
+    "active_neurons": "share of active neurons",
+    "fan_in_max": "largest fan-in",
+}
+"""What stands above a panel, where it is not the metric's own name."""
 
 MAX_POINTS = 400
 """A longer line is drawn as this many means of consecutive points."""

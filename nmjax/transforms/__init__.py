@@ -8,6 +8,7 @@
 - `growing`: `set_`, `rigl` and `srigl`, which drop and grow weights besides.
 - `pruning`: `one_shot`, `gradual` and `progressive_nm`, which become sparse on the way.
 - `holding`: the mechanism of these three.
+- `lasso`: `group_lasso`, a penalty on blocks and channels.
 - `state`: `masks` and `sparse_phase`, which find masks and phase in any nesting of
   optimizer states.
 """
@@ -15,6 +16,7 @@
 from nmjax.transforms.decay import SRSTEHybridState, SRSTEState, srste
 from nmjax.transforms.fixed import static
 from nmjax.transforms.growing import rigl, set_, srigl
+from nmjax.transforms.lasso import group_lasso
 from nmjax.transforms.pruning import gradual, one_shot, progressive_nm
 from nmjax.transforms.smooth import smooth_scales, smooth_sparsify, soft_threshold
 from nmjax.transforms.state import masks, sparse_phase
@@ -25,6 +27,7 @@ __all__ = [
     "SRSTEState",
     "ScaleByStepState",
     "gradual",
+    "group_lasso",
     "masks",
     "one_shot",
     "progressive_nm",

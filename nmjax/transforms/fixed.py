@@ -3,21 +3,27 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from nmjax.plans import Plan
-from nmjax.projection import compute_masks
+from nmjax.paths import is_masked
+from nmjax.plans import LeafPlan, Plan, map_planned
+from nmjax.projection import apply_masks, compute_masks
 from nmjax.transforms.holding import Optimizer, hold
 from nmjax.typing import Masks, Params
 
 
-def static(inner: Optimizer, plan: Plan) -> optax.GradientTransformationExtraArgs:
+def static(
+    inner: Optimizer, plan: Plan, *, masks: Masks | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Keep the masks that training starts with.
 
     Args:
       inner: any optax optimizer.
-      plan: plan of the params, any patterns. The masks are the magnitude masks of the
+      plan: plan of the params, any patterns.
+      masks: masks to hold, with the paths of the params; they may keep other counts
+        than the plan, as those of `nm.rewind` do. Default: the magnitude masks of the
         params that `init` is given: after `nm.sparse_init` a fixed random mask, after
         dense training one-shot pruning with retraining.
 
@@ -25,7 +31,8 @@ def static(inner: Optimizer, plan: Plan) -> optax.GradientTransformationExtraArg
       A transform to use in place of `inner`.
 
     Raises:
-      TypeError: `plan` is no plan, or `inner` no optimizer.
+      TypeError: `plan` is no plan, `inner` no optimizer, or a mask is not bool.
+      ValueError: `init` is given params that the plan or the masks do not fit.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -43,7 +50,7 @@ def static(inner: Optimizer, plan: Plan) -> optax.GradientTransformationExtraArg
       One-shot pruning and retraining with a fixed mask: Mishra et al., 2021, arXiv
       2104.08378.
     """
-    return hold(inner, plan, _Fixed(plan), "nm.static")
+    return hold(inner, plan, _Fixed(plan, masks), "nm.static")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,11 +58,21 @@ class _Fixed:
     """Masks that never change."""
 
     plan: Plan
+    masks: Masks | None
     accumulate: int = 1
     key: Any = None
 
     def start(self, params: Params) -> Masks:
-        return compute_masks(params, self.plan)
+        if self.masks is None:
+            return compute_masks(params, self.plan)
+        apply_masks(params, self.masks)  # checks that they fit
+        return map_planned(
+            lambda leaf, _, mask: _given(leaf, mask),
+            self.plan,
+            params,
+            self.masks,
+            otherwise=lambda _, mask: mask,
+        )
 
     def due(self, count: Int[Array, ""]) -> bool:
         return False
@@ -64,3 +81,13 @@ class _Fixed:
         self, count: Int[Array, ""], key: Any, params: Params, masks: Masks, grads: Any
     ) -> Masks:
         return masks
+
+
+def _given(leaf: LeafPlan, mask: Array) -> Array:
+    """Copy a mask: donation fails where two states share a buffer."""
+    if is_masked(mask):
+        raise ValueError(
+            f"leaf {leaf.path!r} is {leaf.pattern} in the plan, but nm.static was "
+            "given no mask for it"
+        )
+    return jnp.copy(mask)
