@@ -247,19 +247,20 @@ def _add_cut(cuts: dict[str, dict[int, _Cut]], path: str, axis: int, cut: _Cut) 
     axes[axis] = cut
 
 
-def _removed_constants(path: str, constant: Any, keep: np.ndarray) -> Array:
+def _removed_constants(path: str, constant: Any, keep: np.ndarray) -> Any:
     """Give the outputs of the removed neurons; none if they are all known to be 0."""
     if jnp.shape(constant) != keep.shape:
         raise ValueError(
             f"constants[{path!r}] has shape {jnp.shape(constant)}, must be "
             f"{keep.shape}: one entry per neuron"
         )
-    removed = jnp.asarray(constant)[np.flatnonzero(~keep)]
-    if isinstance(removed, Tracer):
-        return removed
-    if not np.isfinite(np.asarray(removed, np.float64)).all():
+    gone = np.flatnonzero(~keep)
+    if isinstance(constant, Tracer):
+        return constant[gone]
+    removed = np.asarray(constant)[gone]
+    if not np.isfinite(removed.astype(np.float64)).all():
         raise ValueError(f"constants[{path!r}] are not finite at removed neurons")
-    return removed if np.asarray(removed).any() else removed[:0]
+    return removed if removed.any() else removed[:0]
 
 
 def _readers(
@@ -288,7 +289,7 @@ def _is_reader(path: str, axis: int, leaves: Mapping[str, Any]) -> bool:
 
 def _fold(
     path: str,
-    removed: Array,
+    removed: Any,
     reader: str,
     axis: int,
     gone: np.ndarray,
@@ -314,7 +315,7 @@ def _fold(
     if not is_masked(mask):
         active = jnp.take(mask, gone, axis=axis)
         rows = jnp.where(active, rows, jnp.zeros((), rows.dtype))
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    wide = rows.dtype if jnp.finfo(rows.dtype).bits > 32 else jnp.float32
     shape = [-1 if i == axis else 1 for i in range(ndim)]
     said = jnp.tile(removed, gone.size // removed.size).astype(wide).reshape(shape)
     total = jnp.sum(rows.astype(wide) * said, axis=fan_in_axes(reader, ndim))

@@ -23,10 +23,12 @@ def test_metrics_of_one_array_match_numpy(shape):
     old, new = masks_of_shape(shape, 0), masks_of_shape(shape, 1)
     weights = np.random.default_rng(2).normal(size=shape).astype(np.float32)
     changed = int(np.abs(new.astype(int) - old.astype(int)).sum())
+    stayed = (old & new).sum() / old.sum() if old.any() else 1.0
     for wrap in (lambda f: f, jax.jit):
         assert int(wrap(metrics.sad)(old, new)) == changed
         for found, wanted in (
             (wrap(metrics.flip_rate)(old, new), changed / old.size),
+            (wrap(metrics.overlap)(old, new), stayed),
             (wrap(metrics.density)(new), new.mean()),
         ):
             # One unit in the last place: XLA multiplies by the reciprocal.
@@ -47,6 +49,8 @@ def test_counts_are_exact_for_any_shape(shape, seed, density):
     old, new = masks_of_shape(shape, seed, density), masks_of_shape(shape, seed + 1)
     assert int(metrics.sad(old, new)) == (old != new).sum()
     assert float(metrics.density(old)) == np.float32(old.sum() / old.size)
+    stayed = np.float32((old & new).sum()) / np.float32(max(1, old.sum()))
+    assert float(metrics.overlap(old, new)) == (stayed if old.any() else 1.0)
 
 
 def test_trees_give_totals_and_dense_leaves_do_not_count():
@@ -58,6 +62,8 @@ def test_trees_give_totals_and_dense_leaves_do_not_count():
     assert int(metrics.sad(old, new)) == flips
     assert float(metrics.flip_rate(old, new)) == np.float32(flips / 70)
     assert float(metrics.density(new)) == np.float32(kept / 70)
+    stayed, before = (old["a"] & new["a"]).sum(), old["a"].sum() + 6
+    assert float(metrics.overlap(old, new)) == np.float32(stayed) / np.float32(before)
     params = {"a": jnp.ones((4, 16)), "b": jnp.ones(30), "c": [jnp.full(6, -2.0)]}
     np.testing.assert_allclose(metrics.kept_magnitude(params, new), kept / 76)
     np.testing.assert_allclose(
@@ -96,6 +102,26 @@ def test_limbs_add_up_to_more_than_an_int32():
     total = 2 * 2**31 - 8 + 2**30
     size = 3 * 2**31
     assert float(metrics._divide(parts, size)) == np.float32(total / size)
+    assert float(metrics.add_counts(parts)) == np.float32(total)
+    many = jax.ShapeDtypeStruct((2**23 + 1,), jnp.int32)
+    with pytest.raises(ValueError, match=r"8388609 partial counts are too many"):
+        jax.eval_shape(lambda part: metrics.add_counts([part]), many)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_explored_positions_are_the_union_of_all_masks(wrap):
+    masks = [
+        {"a": masks_of_shape((4, 8), seed, 0.2), "b": optax.MaskedNode()}
+        for seed in range(4)
+    ]
+    explored = masks[0]
+    for i, new in enumerate(masks):
+        explored = wrap(metrics.explore)(explored, new)
+        union = np.any([mask["a"] for mask in masks[: i + 1]], axis=0)
+        np.testing.assert_array_equal(explored["a"], union)
+        assert explored["b"] == optax.MaskedNode()
+        assert float(metrics.density(explored)) == np.float32(union.mean())
+    assert union.sum() > masks[3]["a"].sum()
 
 
 def test_huge_masks_trace_without_overflow():
@@ -106,6 +132,7 @@ def test_huge_masks_trace_without_overflow():
     for metric, arguments in (
         (metrics.density, (mask,)),
         (metrics.flip_rate, (mask, mask)),
+        (metrics.overlap, (mask, mask)),
         (metrics.kept_magnitude, (weights, mask)),
         (metrics.density_all, (weights, mask)),
     ):
@@ -180,6 +207,8 @@ def test_masks_of_other_types_are_refused():
         lambda: metrics.density({"w": ones}),
         lambda: metrics.sad({"w": good}, {"w": ones}),
         lambda: metrics.flip_rate({"w": ones}, {"w": good}),
+        lambda: metrics.overlap({"w": good}, {"w": ones}),
+        lambda: metrics.explore({"w": ones}, {"w": good}),
         lambda: metrics.kept_magnitude({"w": ones}, {"w": ones}),
         lambda: metrics.density_all({"w": ones}, {"w": ones}),
     ):
@@ -195,6 +224,10 @@ def test_trees_that_do_not_fit_are_refused():
     a, b = jnp.ones(4, bool), jnp.ones(5, bool)
     with pytest.raises(ValueError, match=r"'v' is in new but not in old"):
         metrics.sad({"w": a}, {"w": a, "v": a})
+    with pytest.raises(ValueError, match=r"'v' is in new but not in old"):
+        metrics.explore({"w": a}, {"w": a, "v": a})
+    with pytest.raises(ValueError, match=r"'w' has shape \(5,\) in new but \(4,\) in"):
+        metrics.overlap({"w": a}, {"w": b})
     with pytest.raises(ValueError, match=r"'v' is in old but not in new"):
         metrics.flip_rate({"w": a, "v": a}, {"w": a, "v": optax.MaskedNode()})
     with pytest.raises(ValueError, match=r"'w' has shape \(5,\) in new but \(4,\) in"):

@@ -182,6 +182,94 @@ def test_paths_are_the_same_for_linen_and_nnx_trees():
         assert float(found["kept_magnitude/hidden/kernel"]) > 0.5
 
 
+def ablating_plan():
+    return nm.plan(make_params(), {"kernel": nm.FanIn(0.5)})
+
+
+def drawn_masks(seed):
+    """Draw masks in which one neuron has no inputs."""
+    rng = np.random.default_rng(seed)
+    masks = {"hidden": {"kernel": rng.random((16, 8)) < 0.3, "bias": None}, "out": {}}
+    masks["out"]["kernel"] = rng.random((8, 8)) < 0.3
+    masks["hidden"]["kernel"][:, seed] = False
+    masks["hidden"]["bias"] = optax.MaskedNode()
+    return masks
+
+
+def test_neurons_and_explored_positions_are_tracked_on_request():
+    plan, params = ablating_plan(), make_params()
+    tracker = nm.tracker(plan, include_itop=True, include_neurons=True)
+    plain = nm.tracker(plan)
+    update, plain_update = jax.jit(tracker.update), jax.jit(plain.update)
+    old = drawn_masks(0)
+    state, plain_state = tracker.init(params, old), plain.init(params, old)
+    union = {layer: old[layer]["kernel"] for layer in ("hidden", "out")}
+    for seed in (1, 2):
+        masks = drawn_masks(seed)
+        found, state = update(params, state, masks)
+        wanted, plain_state = plain_update(params, plain_state, masks)
+        wanted = dict(wanted)
+        fan_ins = {}
+        for layer in union:
+            new, path = masks[layer]["kernel"], f"{layer}/kernel"
+            union[layer] = union[layer] | new
+            wanted[f"itop/{path}"] = union[layer].mean()
+            fan_ins[layer] = new.sum(0)
+            wanted[f"active_neurons/{path}"] = (fan_ins[layer] > 0).mean()
+            wanted[f"fan_in_max/{path}"] = fan_ins[layer].max()
+        flat = np.concatenate([mask.ravel() for mask in union.values()])
+        every = np.concatenate(list(fan_ins.values()))
+        wanted["itop"] = flat.mean()
+        wanted["active_neurons"] = (every > 0).mean()
+        wanted["fan_in_max"] = every.max()
+        assert_metrics(found, wanted)
+        assert wanted["active_neurons/hidden/kernel"] == 7 / 8
+        assert found["fan_in_max"].dtype == jnp.int32
+    np.testing.assert_array_equal(state.explored["out"]["kernel"], union["out"])
+    np.testing.assert_array_equal(
+        state.previous["out"]["kernel"], drawn_masks(2)["out"]["kernel"]
+    )
+
+
+def test_stacked_layers_have_neurons_of_their_own():
+    params = {"kernel": jnp.ones((2, 4, 3))}
+    plan = nm.plan(params, {"kernel": nm.FanIn(0.5)}, stacked="kernel")
+    mask = jnp.ones((2, 4, 3), bool).at[0, :, 1].set(False)
+    tracker = nm.tracker(plan, include_neurons=True)
+    state = TrackerState({"kernel": mask})
+    found, _ = jax.jit(tracker.update)(params, state, {"kernel": mask})
+    np.testing.assert_allclose(found["active_neurons"], 5 / 6, rtol=2e-7)
+
+
+def test_states_of_trackers_with_other_options_are_refused():
+    plan, params = make_plan(), make_params()
+    plain, exploring = nm.tracker(plan), nm.tracker(plan, include_itop=True)
+    # Checkpoints of a tracker without options keep their structure.
+    state = plain.init(params)
+    assert state._fields == ("previous",)
+    neurons = nm.tracker(plan, include_neurons=True).init(params)
+    assert jax.tree.structure(neurons) == jax.tree.structure(state)
+    with pytest.raises(TypeError, match=r"type TrackerState, but.*include_itop=True"):
+        exploring.update(params, state)
+    with pytest.raises(
+        TypeError, match=r"type ExploringState, but.*itop=False keeps a"
+    ):
+        plain.update(params, exploring.init(params))
+
+
+def test_an_exploring_state_is_donated_and_mapped_over_seeds():
+    plan = make_plan()
+    tracker = nm.tracker(plan, include_itop=True)
+    params = jax.tree.map(lambda p: jnp.stack([p, p]), make_params())
+    state = jax.jit(jax.vmap(tracker.init))(params)
+    donating = jax.jit(jax.vmap(tracker.update), donate_argnums=1)
+    # In the second seed the smallest become the largest: the masks turn over.
+    turned = jax.tree.map(lambda p: p.at[1].set(1 / p[1]), params)
+    for tree in (params, turned):
+        found, state = donating(tree, state)
+    assert found["itop"].tolist() == [0.5, 1.0]
+
+
 def test_masked_params_are_left_out():
     plan, params = make_plan(), make_params()
     tracker = nm.tracker(plan)
