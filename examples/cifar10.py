@@ -168,23 +168,23 @@ class Trainer:
             state, _ = fit(run, seed, params, stats, self.recipe(run).optimizer)
             params, stats = state.params, state.batch_stats
         rewind = run_once(functools.partial(nm.rewind, prune=recipe.prune))
-        early, alive, seconds = params, recipe.plan, 0.0
-        optimizer = recipe.optimizer
-        for index in range(recipe.rounds + 1):
+        sgd = make_sgd(self.settings, self.steps, self.epoch, first)
+        early, alive, optimizer = params, recipe.plan, recipe.optimizer
+        spent = 0.0
+
+        def train_round(index: int) -> tuple[State, common.History]:
             # Copies: a training donates what it starts from.
             start = jax.tree.map(jnp.copy, (params, stats))
-            state, history = self.fit(
-                run, seed, *start, optimizer, first, part=f"round{index}"
-            )
-            seconds += history["seconds"][-1]
+            part = f"round{index}"
+            return self.fit(run, seed, *start, optimizer, first, part=part)
+
+        for index in range(recipe.rounds):
+            state, history = train_round(index)
+            spent += history["seconds"][-1]
             params, alive = rewind(state.params, early, alive)
-            optimizer = nm.static(
-                make_sgd(self.settings, self.steps, self.epoch, first),
-                recipe.plan,
-                masks=alive,
-            )
-        history["seconds"][-1] = seconds  # of all rounds
-        return state, history
+            optimizer = nm.static(sgd, recipe.plan, masks=alive)
+        state, history = train_round(recipe.rounds)
+        return state, {**history, "seconds": [spent + s for s in history["seconds"]]}
 
     def report(self, run: Run, seed: int, state: State) -> dict[str, Any]:
         """Measure the finished network, in memory and after a trip through orbax."""

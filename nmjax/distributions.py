@@ -19,14 +19,23 @@ class Distribution:
     Attributes:
       kind: ``"uniform"``, ``"er"``, ``"erk"`` or ``"global"``.
       density: the kept fraction of all leaves together, in (0, 1].
+      limits: for ``"global"``, the least and the largest density of a leaf.
     """
 
     kind: Literal["uniform", "er", "erk", "global"]
     density: float
+    limits: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Check the target."""
+        """Check the target and the limits."""
         check_density(self.density, f"{self.kind} distribution")
+        low, high = self.limits
+        if not 0.0 <= low <= self.density <= high <= 1.0:
+            raise ValueError(
+                f"a leaf's density between {low} and {high} does not go with a density "
+                f"of {self.density} in all: 0 <= min_density <= density <= max_density "
+                "<= 1 must hold"
+            )
 
 
 def check_density(density: float, what: str) -> None:
@@ -70,7 +79,7 @@ def uniform(density: float) -> Distribution:
     Example:
       >>> import nmjax as nm
       >>> nm.uniform(0.1)
-      Distribution(kind='uniform', density=0.1)
+      Distribution(kind='uniform', density=0.1, limits=(0.0, 1.0))
     """
     return Distribution("uniform", density)
 
@@ -134,27 +143,32 @@ def erk(density: float) -> Distribution:
     return Distribution("erk", density)
 
 
-def global_(density: float) -> Distribution:
+def global_(
+    density: float, *, min_density: float = 0.0, max_density: float = 1.0
+) -> Distribution:
     """Let all sparse leaves compete for one budget by their scores.
 
     The masks keep the best `round(density * size)` weights of the whole tree, so
     that densities follow the scores and change with them. For `Unstructured` leaves.
+    Every leaf keeps at least `min_density` and at most `max_density` of its weights.
 
     Args:
       density: kept fraction of all sparse leaves together, in (0, 1].
+      min_density: least kept fraction of a leaf, in [0, density].
+      max_density: largest kept fraction of a leaf, in [density, 1].
 
     Returns:
       A distribution for `nm.plan(..., density=...)`.
 
     Raises:
-      ValueError: `density` is outside (0, 1].
+      ValueError: `density` is outside (0, 1], or the limits do not hold it.
 
     Example:
       >>> import nmjax as nm
-      >>> nm.global_(0.1).kind
-      'global'
+      >>> nm.global_(0.1, min_density=0.02).limits
+      (0.02, 1.0)
     """
-    return Distribution("global", density)
+    return Distribution("global", density, (min_density, max_density))
 
 
 def densities(

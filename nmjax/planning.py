@@ -357,7 +357,19 @@ def _global_plan(
     budget = distributions.round_half_up(size * density.density)
     if budget == 0:
         raise ValueError(f"{density!r} keeps none of {size} weights")
-    return Plan(tuple(leaves), budget)
+    planned, all_limits = list(leaves), []
+    for i in open_:
+        low, high = (leaves[i].size * limit for limit in density.limits)
+        limits = math.ceil(low - 1e-9), math.floor(high + 1e-9)
+        planned[i] = dataclasses.replace(leaves[i], limits=limits)
+        all_limits.append(limits)
+    least, most = map(sum, zip(*all_limits, strict=True))
+    if not least <= budget <= most:
+        raise ValueError(
+            f"{density!r} keeps {budget} of {size} weights, but with the limits "
+            f"rounded for every leaf they would be between {least} and {most}"
+        )
+    return Plan(tuple(planned), budget)
 
 
 def _check_budgets(plan: Plan) -> Plan:

@@ -32,6 +32,8 @@ class LeafPlan:
         all leaves share one budget.
       reason: why it holds this pattern, or why it stays dense.
       stacked: number of leading axes that count layers.
+      limits: for a leaf that shares a budget with others, the least and the largest
+        number of weights it may keep; else None.
     """
 
     path: str
@@ -40,6 +42,7 @@ class LeafPlan:
     budget: int | None
     reason: str
     stacked: int = 0
+    limits: tuple[int, int] | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -141,7 +144,7 @@ class Plan:
             shape = "×".join(str(d) for d in leaf.shape) or "scalar"
             if leaf.stacked:
                 shape += f" ({leaf.layers} layers)"
-            density = "shared" if leaf.density is None else f"{leaf.density:.4g}"
+            density = _shared(leaf) if leaf.density is None else f"{leaf.density:.4g}"
             rows.append((leaf.path, shape, str(leaf.pattern), density, leaf.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
@@ -276,6 +279,14 @@ def matching_leaves(pairs: list[tuple[str, Any]], tree: PyTree) -> list[Any]:
             raise ValueError(f"leaf {path!r} of the params is missing in a given tree")
         leaves.append(found.get(path, optax.MaskedNode()))
     return leaves
+
+
+def _shared(leaf: LeafPlan) -> str:
+    """Name the density of a leaf that competes for a budget."""
+    if leaf.limits is None or leaf.limits == (0, leaf.size):
+        return "shared"
+    low, high = (count / max(1, leaf.size) for count in leaf.limits)
+    return f"{low:.4g} to {high:.4g}"
 
 
 def _is_below(path: str, masked: list[str]) -> bool:

@@ -4,7 +4,7 @@ Compute masks, make params exactly sparse, or use them sparse in the forward pas
 with straight-through gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from nmjax.masking import global_topk_mask
+from nmjax.masking import global_topk_mask, topk_mask
+from nmjax.masking.selection import Count
 from nmjax.paths import is_masked, named_leaves
 from nmjax.plans import LeafPlan, Plan, map_planned, matching_leaves
 from nmjax.saliency import magnitude
@@ -80,7 +81,7 @@ def compute_masks(params: Params, plan: Plan, scores: PyTree | None = None) -> M
                 f"leaf {missing[0]!r} shares a global budget but is not among these "
                 "params; give all leaves of the budget to one transform"
             )
-        shared = global_topk_mask(competing, plan.global_budget)
+        shared = compete(plan, competing, plan.global_budget)
 
     def leaf_mask(leaf_plan: LeafPlan, leaf: Any, score: Any) -> Array:
         if leaf_plan.is_global:
@@ -92,6 +93,59 @@ def compute_masks(params: Params, plan: Plan, scores: PyTree | None = None) -> M
     return map_planned(
         leaf_mask, plan, params, scores, otherwise=lambda *_: optax.MaskedNode()
     )
+
+
+def compete(
+    plan: Plan,
+    scores: Mapping[str, Array],
+    budget: Count,
+    most: Mapping[str, Count] | None = None,
+) -> dict[str, Array]:
+    r"""Share one budget out between leaves by their scores, within their limits.
+
+    Every leaf keeps its best scores up to its least count in any case, and none beyond
+    its largest; between them, the best of all leaves win.
+
+    Args:
+      plan: says the limits of each leaf.
+      scores: path -> scores; the higher, the sooner kept.
+      budget: number of weights that all leaves keep together, may be traced.
+      most: path -> largest counts in place of the plan's, may be traced.
+
+    Returns:
+      Path -> mask. Their counts add up to `budget` exactly, also where the largest
+      counts leave no room for it: then these give way.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nmjax as nm
+      >>> from nmjax import projection
+      >>> params = {"a": jnp.array([[4.0, 3.0]]), "b": jnp.array([[2.0, 1.0]])}
+      >>> density = nm.global_(0.5, min_density=0.5)
+      >>> plan = nm.plan(params, {"": nm.Unstructured()}, density=density)
+      >>> projection.compete(plan, params, 2)["b"].tolist()
+      [[True, False]]
+    """
+    limited = {}
+    for path, score in scores.items():
+        limits = plan.by_path[path].limits
+        if limits is None or limits == (0, score.size):
+            limited[path] = score
+        else:
+            high = limits[1] if most is None else most[path]
+            limited[path] = _limit(score, limits[0], high)
+    return dict(global_topk_mask(limited, budget))
+
+
+def _limit(score: Array, low: int, high: Count) -> Array:
+    """Lift the best `low` scores above all others, put those after `high` below."""
+    kind = jnp.finfo(score.dtype)
+    # NaN ranks above inf; of the others only what may be kept stays in between.
+    lifted = jnp.asarray(jnp.nan, score.dtype)
+    top = jnp.where(jnp.isnan(score), jnp.asarray(jnp.inf, score.dtype), score)
+    beyond = jnp.minimum(top, jnp.asarray(kind.min, score.dtype))
+    score = jnp.where(topk_mask(score, high), top, beyond)
+    return jnp.where(topk_mask(score, low), lifted, score) if low else score
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:

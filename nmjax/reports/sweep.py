@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from nmjax.reports.history import Row
 from nmjax.reports.optional import require
 from nmjax.reports.plots import COLOURS, grid, save
 
@@ -16,7 +15,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def plot_sweep(
-    rows: Sequence[Row],
+    rows: Sequence[Mapping[str, Any]],
     path: str | os.PathLike[str],
     x: str,
     panels: Mapping[str, str],
@@ -72,31 +71,19 @@ def plot_sweep(
     for axis, (key, label) in zip(axes, panels.items(), strict=False):
         for i, name in enumerate(names):
             style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.4}
-            found = {
-                setting: [
-                    r[key] for r in rows if str(r[group]) == name and r[x] == setting
-                ]
-                for setting in (None, *settings)
-            }
-            if found[None]:
-                mean = np.mean(found[None])
-                lines[name] = axis.axhline(mean, linestyle="--", **style)
+            own = [row for row in rows if str(row[group]) == name]
+            if baseline := [row[key] for row in own if row[x] is None]:
+                lines[name] = axis.axhline(np.mean(baseline), linestyle="--", **style)
                 continue
-            places = [i for i, setting in enumerate(settings) if found[setting]]
-            values = [found[settings[i]] for i in places]
-            mean = np.array([np.mean(v) for v in values])
-            spread = [
-                mean - np.array([min(v) for v in values]),
-                np.array([max(v) for v in values]) - mean,
-            ]
+            seeds = {s: [row[key] for row in own if row[x] == s] for s in settings}
+            places = [place for place, s in enumerate(settings) if seeds[s]]
+            found = [seeds[settings[place]] for place in places]
+            mean, low, high = (
+                np.array([f(values) for values in found]) for f in (np.mean, min, max)
+            )
+            marks = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "capsize": 2}
             lines[name] = axis.errorbar(
-                places,
-                mean,
-                spread,
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=4,
-                capsize=2,
-                **style,
+                places, mean, [mean - low, high - mean], **marks, **style
             )
         axis.set_xticks(range(len(settings)), [f"{s:g}" for s in settings])
         axis.set_xlabel(x.replace("_", " "))

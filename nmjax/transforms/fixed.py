@@ -59,7 +59,7 @@ class _Fixed:
 
     plan: Plan
     masks: Masks | None
-    accumulate: int = 1
+    memory: None = None
     key: Any = None
 
     def start(self, params: Params) -> Masks:

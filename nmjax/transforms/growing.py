@@ -11,81 +11,24 @@ Params must be sparse from the start: make them so with `nm.sparse_init` or
 `init` is given, so that params which are exactly sparse keep their own positions.
 """
 
-import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from nmjax import schedules, topology
 from nmjax.budgets import FanIn, Unstructured
 from nmjax.patterns import NM
-from nmjax.plans import LeafPlan, Plan, map_planned
-from nmjax.projection import compute_masks
+from nmjax.plans import LeafPlan, Plan
 from nmjax.transforms.checks import check_at_least, check_is_plan
+from nmjax.transforms.dynamics import DynamicTopology
 from nmjax.transforms.holding import Optimizer, hold
-from nmjax.typing import Masks, Params
 
 Drop = schedules.Scalar | schedules.Schedule
-Rule = Callable[..., Array]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DynamicTopology:
-    """Drop and grow every `delta_t` steps until `stop`.
-
-    Attributes:
-      plan: plan of the params.
-      rule: one layer's update, called as ``rule(leaf_plan, key, weights, mask, grads,
-        drop_fraction)``.
-      drop: schedule from step to drop fraction.
-      delta_t: steps between two changes.
-      stop: no change from this step on.
-      accumulate: gradients summed before a change.
-      key: random key, or None.
-    """
-
-    plan: Plan
-    rule: Rule
-    drop: schedules.Schedule
-    delta_t: int
-    stop: int
-    accumulate: int = 1
-    key: Any = None
-
-    def start(self, params: Params) -> Masks:
-        """Choose magnitude masks."""
-        return compute_masks(params, self.plan)
-
-    def due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
-        """Tell whether masks change after update number `count`."""
-        return (count % self.delta_t == 0) & (count < self.stop)
-
-    def change(
-        self, count: Int[Array, ""], key: Any, params: Params, masks: Masks, grads: Any
-    ) -> Masks:
-        """Drop and grow in every sparse leaf."""
-        fraction = self.drop(count)
-        order = {leaf.path: i for i, leaf in enumerate(self.plan.sparse_leaves)}
-
-        def one(leaf: LeafPlan, weights: Array, mask: Array, grad: Array) -> Array:
-            leaf_key = (
-                None if key is None else jax.random.fold_in(key, order[leaf.path])
-            )
-            return self.rule(leaf, leaf_key, weights, mask, grad, fraction)
-
-        return map_planned(
-            one,
-            self.plan,
-            params,
-            masks,
-            grads,
-            otherwise=lambda *_: optax.MaskedNode(),
-        )
 
 
 def set_(

@@ -44,8 +44,8 @@ class HeldState(NamedTuple):
       count: number of updates so far.
       masks: active weights after these updates; see `nm.masks`.
       inner: state of the inner optimizer.
-      growth: raw gradients summed for the next change of topology, or
-        `optax.MaskedNode()`.
+      growth: what is remembered of the raw gradients for the next change of topology
+        (see `Memory`), or `optax.MaskedNode()`.
       key: random key of the next change, or `optax.MaskedNode()`.
     """
 
@@ -56,18 +56,32 @@ class HeldState(NamedTuple):
     key: Any
 
 
+class Memory(NamedTuple):
+    """What is remembered of gradients between changes: an array per sparse leaf.
+
+    Attributes:
+      add: ``add(count)`` gives the function ``(total, weights, grads) -> total`` of
+        one leaf at that update; totals start at zero.
+      lasts: whether totals go on after a change of topology, or start again.
+    """
+
+    add: Callable[[Array], Callable[[Array, Array, Array], Array]]
+    lasts: bool
+
+
 @runtime_checkable
 class Topology(Protocol):
     """How and when masks change.
 
     Attributes:
-      accumulate: number of gradients summed before a change; 1: that of the step.
+      memory: what a change is decided by in place of the gradients of its step, or
+        None.
       key: random key to start from, or None.
     """
 
     @property
-    def accumulate(self) -> int:
-        """Number of gradients summed."""
+    def memory(self) -> Memory | None:
+        """What is remembered of gradients, or None."""
         ...
 
     @property
@@ -121,7 +135,7 @@ def hold(
         empty = not jax.tree.leaves(params)  # the placeholder of optax's map_params
         masks = params if empty else decide.start(params)
         growth = optax.MaskedNode()
-        if decide.accumulate > 1:
+        if decide.memory is not None:
             growth = params if empty else _zeros_where_held(params, masks)
         key = optax.MaskedNode() if decide.key is None else decide.key
         count = jnp.zeros([], jnp.int32)
@@ -135,14 +149,16 @@ def hold(
         updates, inner_state = inner.update(masked, state.inner, params, **extra_args)
         updates = project_updates(updates, params, masks)
         count = jnp.asarray(optax.safe_increment(state.count))
-        growth, signal = _accumulate(decide, state, grads, masks, count)
+        growth = _remember(decide.memory, state, params, grads, count)
+        signal = grads if decide.memory is None else growth
 
         def change(operands):
             updates, masks, key, signal = operands
             stepped = optax.apply_updates(params, updates)
             use, next_key = _split(key)
             chosen = decide.change(count, use, stepped, masks, signal)
-            rest = jax.tree.map(jnp.zeros_like, growth)
+            lasts = decide.memory is not None and decide.memory.lasts
+            rest = growth if lasts else jax.tree.map(jnp.zeros_like, growth)
             return chosen, next_key, rest
 
         def keep(operands):
@@ -295,23 +311,18 @@ def _split(key: Any) -> tuple[Any, Any]:
     return use, next_key
 
 
-def _accumulate(
-    topology: Topology, state: HeldState, grads: PyTree, masks: Masks, count: Array
-) -> tuple[PyTree, PyTree]:
-    """Add this step's gradient to the growth signal, within its window."""
-    if topology.accumulate <= 1:
-        return state.growth, grads
-    # Only the last `accumulate` gradients before a change count.
-    due_soon = jnp.zeros([], bool)
-    for ahead in range(topology.accumulate):
-        due_soon = due_soon | topology.due(count + ahead)
-    total = map_held(
-        lambda g, mask, total: jnp.where(
-            due_soon, total + g.astype(total.dtype), total
-        ),
+def _remember(
+    memory: Memory | None, state: HeldState, params: Params, grads: PyTree, count: Array
+) -> PyTree:
+    """Add this step's gradients to what is remembered."""
+    if memory is None:
+        return state.growth
+    add = memory.add(count)
+    return map_held(
+        lambda p, mask, g, total: add(total, p, g.astype(total.dtype)),
+        params,
+        state.masks,
         grads,
-        masks,
         state.growth,
-        otherwise=lambda g, _: optax.MaskedNode(),
+        otherwise=lambda *_: optax.MaskedNode(),
     )
-    return total, total

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from nmjax.budgets import Block, Channel
 from nmjax.plans import LeafPlan, Plan, map_planned
 from nmjax.transforms.checks import (
     Scalar,
@@ -64,7 +65,7 @@ def group_lasso(
     if alpha is None or (strength is not None and not strength >= 0):
         raise ValueError(f"alpha={alpha!r} must be >= 0, or a schedule")
     for leaf in plan.sparse_leaves:
-        if not hasattr(leaf.pattern, "group_sums"):
+        if not isinstance(leaf.pattern, Block | Channel):
             raise ValueError(
                 f"leaf {leaf.path!r}: nm.group_lasso needs groups of weights, as "
                 f"nm.Block and nm.Channel have them, not {leaf.pattern}"
@@ -120,6 +121,7 @@ def add_pull(
       >>> [round(p, 4) for p in pull[0].tolist()]
       [3.0, 4.0]
     """
+    assert isinstance(leaf.pattern, Block | Channel)
     wide = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
     norms = jnp.sqrt(leaf.pattern.group_sums(jnp.square(wide), leaf.stacked))
     zero = norms == 0

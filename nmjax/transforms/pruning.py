@@ -11,19 +11,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-from nmjax.masking import global_topk_mask
 from nmjax.paths import is_masked, named_leaves
 from nmjax.patterns import NM
 from nmjax.plans import LeafPlan, Plan, map_planned
-from nmjax.projection import compute_masks
-from nmjax.saliency import magnitude
+from nmjax.projection import compete, compute_masks
 from nmjax.transforms.checks import check_at_least, check_is_plan
-from nmjax.transforms.holding import Optimizer, hold
+from nmjax.transforms.holding import Memory, Optimizer, hold
+from nmjax.transforms.scoring import Saliency, Score
 from nmjax.typing import Masks, Params
 
-Saliency = Callable[[Array, Array], Array]
 Shape = Literal["cubic", "linear", "exponential", "cosine"]
 
 
@@ -33,6 +31,7 @@ def one_shot(
     *,
     at: int,
     saliency: Saliency | None = None,
+    momentum: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Train dense, prune once, and go on with the mask fixed.
 
@@ -43,6 +42,8 @@ def one_shot(
         first update, start from ``nm.project(params, plan)`` with `nm.static`.)
       saliency: scores from ``(weights, grads)`` of a leaf, higher = kept. Default:
         magnitude of the weights.
+      momentum: in [0, 1); above 0 the scores are those of all steps so far, each step
+        multiplying the older ones by it: with `saliency.snip`, snip-momentum.
 
     Returns:
       A transform to use in place of `inner`.
@@ -65,7 +66,8 @@ def one_shot(
       The basic recipe: Mishra et al., 2021, arXiv 2104.08378.
     """
     check_at_least("at", at, 1)
-    return hold(inner, plan, _OneShot(plan, at, saliency), "nm.one_shot")
+    score = Score(plan, saliency, momentum)
+    return hold(inner, plan, _OneShot(plan, at, score), "nm.one_shot")
 
 
 def gradual(
@@ -78,6 +80,7 @@ def gradual(
     shape: Shape = "cubic",
     initial_density: float = 1.0,
     saliency: Saliency | None = None,
+    momentum: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Raise sparsity step by step (gradual magnitude pruning).
 
@@ -91,8 +94,9 @@ def gradual(
        \text{cosine:}\quad & s_f + (s_i - s_f) \tfrac{1}{2} (1 + \cos \pi x) \\
        \text{exponential:}\quad & 1 - d_i (d_f / d_i)^x, \quad d = 1 - s
 
-    Each leaf ends at the density that the plan gives it; leaves with a global density
-    compete for one budget at every step.
+    Each leaf ends at the density that the plan gives it. Leaves with a global density
+    (`nm.global_`, which can limit the density of a leaf) compete for one budget at
+    every step.
 
     Args:
       inner: any optax optimizer.
@@ -105,6 +109,8 @@ def gradual(
       initial_density: :math:`1 - s_i`, in (0, 1].
       saliency: scores from ``(weights, grads)`` of a leaf, higher = kept. Default:
         magnitude of the weights.
+      momentum: in [0, 1); above 0 the scores are those of all steps so far, each step
+        multiplying the older ones by it: with `saliency.snip`, snip-momentum.
 
     Returns:
       A transform to use in place of `inner`.
@@ -150,7 +156,8 @@ def gradual(
                 f"leaf {leaf.path!r}: {leaf.pattern} has a fixed density; use "
                 "nm.progressive_nm for a ladder of n:m patterns"
             )
-    rise = _Gradual(plan, start, stop, every, shape, initial_density, saliency)
+    score = Score(plan, saliency, momentum)
+    rise = _Gradual(plan, start, stop, every, shape, initial_density, score)
     return hold(inner, plan, rise, "nm.gradual")
 
 
@@ -160,6 +167,7 @@ def progressive_nm(
     ladder: Mapping[int, int],
     *,
     saliency: Saliency | None = None,
+    momentum: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Go down a ladder of n:m patterns, each nested in the one before.
 
@@ -172,6 +180,8 @@ def progressive_nm(
         dense.
       saliency: scores from ``(weights, grads)`` of a leaf, higher = kept. Default:
         magnitude of the weights. The rung at step 0 always goes by magnitude.
+      momentum: in [0, 1); above 0 the scores are those of all steps so far, each step
+        multiplying the older ones by it: with `saliency.snip`, snip-momentum.
 
     Returns:
       A transform to use in place of `inner`.
@@ -220,7 +230,8 @@ def progressive_nm(
         check_at_least("step of the ladder", step, 0)
     if any(b >= a for a, b in zip(counts, counts[1:], strict=False)):
         raise ValueError(f"the ladder {dict(ladder)} must fall from step to step")
-    rungs = _Ladder(plan, tuple(steps), tuple(counts), saliency)
+    score = Score(plan, saliency, momentum)
+    rungs = _Ladder(plan, tuple(steps), tuple(counts), score)
     return hold(inner, plan, rungs, "nm.progressive_nm")
 
 
@@ -242,9 +253,12 @@ class _OneShot:
 
     plan: Plan
     at: int
-    saliency: Saliency | None
-    accumulate: int = 1
+    score: Score
     key: Any = None
+
+    @property
+    def memory(self) -> Memory | None:
+        return self.score.memory
 
     def start(self, params: Params) -> Masks:
         return _all_kept(self.plan, params)
@@ -255,7 +269,7 @@ class _OneShot:
     def change(
         self, count: Int[Array, ""], key: Any, params: Params, masks: Masks, grads: Any
     ) -> Masks:
-        scores = _scores(self.plan, params, masks, grads, self.saliency)
+        scores = self.score(params, masks, grads)
         return compute_masks(params, self.plan, scores)
 
 
@@ -269,9 +283,12 @@ class _Gradual:
     every: int
     shape: str
     initial: float
-    saliency: Saliency | None
-    accumulate: int = 1
+    score: Score
     key: Any = None
+
+    @property
+    def memory(self) -> Memory | None:
+        return self.score.memory
 
     def start(self, params: Params) -> Masks:
         return _all_kept(self.plan, params)
@@ -284,7 +301,7 @@ class _Gradual:
     def change(
         self, count: Int[Array, ""], key: Any, params: Params, masks: Masks, grads: Any
     ) -> Masks:
-        scores = _scores(self.plan, params, masks, grads, self.saliency)
+        scores = self.score(params, masks, grads)
         shared: Mapping[str, Array] = {}
         if self.plan.global_budget is not None:
             competing = {
@@ -294,7 +311,11 @@ class _Gradual:
             }
             size = sum(score.size for score in competing.values())
             budget = self._budget(count, size, self.plan.global_budget)
-            shared = global_topk_mask(competing, budget)
+            most = {
+                path: self._budget(count, score.size, self._most(path))
+                for path, score in competing.items()
+            }
+            shared = compete(self.plan, competing, budget, most)
 
         def one(leaf: LeafPlan, score: Array) -> Array:
             if leaf.is_global:
@@ -307,6 +328,11 @@ class _Gradual:
         return map_planned(
             one, self.plan, scores, otherwise=lambda *_: optax.MaskedNode()
         )
+
+    def _most(self, path: str) -> int:
+        """Give the largest number of weights that a leaf keeps in the end."""
+        leaf = self.plan.by_path[path]
+        return leaf.size if leaf.limits is None else leaf.limits[1]
 
     def _budget(self, count: Array, size: int, final: int) -> Int[Array, ""]:
         """Give the number of weights of a layer that are kept at a step."""
@@ -324,14 +350,18 @@ class _Ladder:
     plan: Plan
     steps: tuple[int, ...]
     counts: tuple[int, ...]
-    saliency: Saliency | None
-    accumulate: int = 1
+    score: Score
     key: Any = None
+
+    @property
+    def memory(self) -> Memory | None:
+        return self.score.memory
 
     def start(self, params: Params) -> Masks:
         masks = _all_kept(self.plan, params)
         if self.steps[0] == 0:
-            scores = _scores(self.plan, params, masks, params, None)
+            by_magnitude = Score(self.plan, None, 0.0)
+            scores = by_magnitude(params, masks, params)
             return self._rung(self.counts[0], scores)
         return masks
 
@@ -344,7 +374,7 @@ class _Ladder:
     def change(
         self, count: Int[Array, ""], key: Any, params: Params, masks: Masks, grads: Any
     ) -> Masks:
-        scores = _scores(self.plan, params, masks, grads, self.saliency)
+        scores = self.score(params, masks, grads)
         # The rung of a step is the last one that is not after it.
         rung = sum((count >= step).astype(jnp.int32) for step in self.steps) - 1
         branches = [lambda s, n=n: self._rung(n, s) for n in self.counts]
@@ -369,18 +399,4 @@ def _all_kept(plan: Plan, params: Params) -> Masks:
         plan,
         params,
         otherwise=lambda *_: optax.MaskedNode(),
-    )
-
-
-def _scores(
-    plan: Plan, params: Params, masks: Masks, grads: PyTree, saliency: Saliency | None
-) -> PyTree:
-    """Score active weights; inactive ones lie below all of them."""
-
-    def one(leaf: LeafPlan, p: Array, mask: Array, g: Array) -> Float[Array, "..."]:
-        score = magnitude(p) if saliency is None else saliency(p, g)
-        return jnp.where(mask, score, jnp.asarray(-jnp.inf, score.dtype))
-
-    return map_planned(
-        one, plan, params, masks, grads, otherwise=lambda *_: optax.MaskedNode()
     )
