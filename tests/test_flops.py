@@ -179,6 +179,19 @@ def test_masks_from_the_args_leave_a_leaf_what_it_is():
     assert flops.macs(fn, {"w": W}, masks, X) == flops.Macs({"w": 2 * 2 * 24}, 0)
 
 
+def one_hot(x):
+    return jax.nn.one_hot(x.astype(int), 6)
+
+
+def masked_or_not(x):
+    x = x[:1, :4]
+    return one_or_other(x, x, (x > 0).astype(jnp.float32))
+
+
+def one_or_other(x, one, other):
+    return jax.lax.cond(x.sum() > 0, lambda: one, lambda: other)
+
+
 @pytest.mark.parametrize(
     ("fn", "leaves", "other"),
     [
@@ -186,15 +199,20 @@ def test_masks_from_the_args_leave_a_leaf_what_it_is():
         (lambda p, x: x @ p["w"] + x @ p["w"] @ p["w"].T @ p["w"], (48 * 4, 0), 0),
         (lambda p, x: x @ jnp.concatenate([p["w"], p["v"][:, :2]], 1), (48, 24), 0),
         (lambda p, x: x @ jnp.stack([p["w"], p["v"]]), (48, 48), 0),
-        (lambda p, x: jax.nn.one_hot(x[:, 0].astype(int), 6) @ p["w"], (48, 0), 0),
+        (lambda p, x: one_hot(x[:, 0]) @ p["w"], (48, 0), 0),
         (lambda p, x: p["w"][x[:, 0].astype(int)] @ p["w"].T, (48, 0), 0),
         (lambda p, x: (x[:1, :4] * p["v"][0]) @ p["w"].T, (24, 0), 0),
+        # A bias of as many entries as a batch of one does not make it a leaf.
+        (lambda p, x: (one_hot(x[:1, 0]) @ p["w"] + p["v"][0]) @ p["w"].T, (48, 0), 0),
+        (lambda p, x: (masked_or_not(x) * p["v"][0]) @ p["w"].T, (24, 0), 0),
+        (lambda p, x: (jnp.ones((2, 6)) * p["v"][:, 0]) @ p["w"], (48, 0), 0),
         # No leaf's: two leaves in one, one leaf on the other, data on data, a sum.
         (lambda p, x: x @ (p["w"] + p["v"]), (0, 0), 48),
         (lambda p, x: p["w"].T @ p["v"], (0, 0), 4 * 6 * 4),
         (lambda p, x: x @ x.T, (0, 0), 2 * 6 * 2),
         (lambda p, x: x @ (p["w"] * x[0, 0]), (0, 0), 48),
         (lambda p, x: x @ p["w"].sum(1), (0, 0), 12),
+        (lambda p, x: x @ one_or_other(x, p["w"], p["v"]), (0, 0), 48),
         (lambda p, x: x @ jnp.split(jnp.stack([p["w"], p["v"]]), 2)[0][0], (0, 0), 48),
         # Merged low rank weights stand for the larger leaf no more.
         (lambda p, x: x @ (p["w"] + p["v"] @ jnp.eye(4)), (0, 24 * 4), 48),

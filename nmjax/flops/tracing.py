@@ -130,7 +130,7 @@ def _walk(jaxpr: Any, given: Sequence[Origin]) -> tuple[list[Origin], _Counts]:
     counts: _Counts = Counter()
     for eqn in jaxpr.eqns:
         results, found = _step(eqn, [look_up(atom) for atom in eqn.invars])
-        counts += found
+        counts.update(found)
         known.update(zip(eqn.outvars, results, strict=True))
     return [look_up(atom) for atom in jaxpr.outvars], counts
 
@@ -140,7 +140,7 @@ def _step(eqn: Any, given: list[Origin]) -> tuple[list[Origin], _Counts]:
     name = eqn.primitive.name
     if name == "dot_general" or name == "conv_general_dilated":
         cost = _dot_macs(eqn) if name == "dot_general" else _conv_macs(eqn)
-        # A number from here on, even where masks alone met.
+        # No mask any more, even where a one-hot array met a leaf.
         data = any(origin.data for origin in given)
         result = DATA if data else origins.mix(given, _size(eqn.outvars[0]))
         return [result], _owners(given, cost)
