@@ -239,10 +239,10 @@ def test_missing_packages_say_what_to_install(monkeypatch, tmp_path):
 
 def drawn(monkeypatch, plot, *arguments, **options):
     """Draw, and give the figure that was saved."""
-    figures, save = [], plots._save
+    figures, save = [], plots.save
     monkeypatch.setattr(
         plots,
-        "_save",
+        "save",
         lambda figure, path: figures.append(figure) or save(figure, path),
     )
     path = plot(*arguments, **options)
@@ -315,6 +315,26 @@ def test_zero_flip_rates_stay_visible(monkeypatch, tmp_path):
         monkeypatch, plots.plot_history, rows, tmp_path / "a.png", panels=["flip_rate"]
     )
     assert figure.axes[0].get_yscale() == "symlog"
+
+
+def test_panels_of_dynamic_training_say_what_they_show(monkeypatch, tmp_path):
+    rows = [
+        {"step": i, "itop": 0.1 * (i + 1), "itop/a/kernel": 0.1 * (i + 1)}
+        | {"active_neurons": 1 - 0.1 * i, "active_neurons/a/kernel": 1 - 0.1 * i}
+        | {"fan_in_max": 4 + i, "fan_in_max/a/kernel": 4 + i}
+        for i in range(4)
+    ]
+    both = ["positions explored (ITOP)", "share of active neurons"]
+    names = ["itop", "active_neurons", "fan_in_max"]
+    for plot, given in (
+        (plots.plot_history, rows),
+        (plots.plot_comparison, {"rigl": rows, "srigl": rows}),
+    ):
+        figure = drawn(monkeypatch, plot, given, tmp_path / "a.png")
+        assert titles(figure) == both
+        figure = drawn(monkeypatch, plot, given, tmp_path / "a.png", panels=names)
+        assert titles(figure) == [*both, "largest fan-in"]
+        assert [axis.get_ylim()[0] for axis in figure.axes] == [0.0, 0.0, 0.0]
 
 
 def test_comparison_draws_mean_and_range_over_seeds(monkeypatch, tmp_path):
