@@ -174,9 +174,9 @@ class Trainer:
 
         def train_round(index: int) -> tuple[State, common.History]:
             # Copies: a training donates what it starts from.
-            start = jax.tree.map(jnp.copy, (params, stats))
+            weights, averages = jax.tree.map(jnp.copy, (params, stats))
             part = f"round{index}"
-            return self.fit(run, seed, *start, optimizer, first, part=part)
+            return self.fit(run, seed, weights, averages, optimizer, first, part=part)
 
         for index in range(recipe.rounds):
             state, history = train_round(index)

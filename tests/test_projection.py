@@ -173,3 +173,70 @@ def test_bad_masks_are_refused(params):
         nm.apply_masks(params, {"a": masks["a"]})
     with pytest.raises(ValueError, match="'c' has no counterpart"):
         nm.apply_masks(params, {**masks, "c": jnp.ones(3, bool)})
+
+
+def limited_counts(scores, budget, least, most):
+    """Give every leaf its best, one weight at a time, within its limits."""
+    order = sorted(
+        ((-score, path, i) for path, s in scores.items() for i, score in enumerate(s)),
+    )
+    counts = dict(least)
+    taken = {path: 0 for path in scores}
+    for path in scores:  # the best of each leaf are its own in any case
+        taken[path] = least[path]
+    left = budget - sum(least.values())
+    rank = {path: 0 for path in scores}
+    for _, path, _ in order:
+        rank[path] += 1
+        if rank[path] > least[path] and counts[path] < most[path] and left:
+            counts[path] += 1
+            left -= 1
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_global_budgets_keep_their_limits(seed):
+    rng = np.random.default_rng(seed)
+    scale = {"a": 1.0, "b": 10.0, "c": 0.1}
+    scores = {k: jnp.asarray(s * rng.random(20), jnp.float32) for k, s in scale.items()}
+    params = {k: s.reshape(4, 5) for k, s in scores.items()}
+    density = nm.global_(0.4, min_density=0.12, max_density=0.72)
+    plan = nm.plan(params, {"": nm.Unstructured()}, density=density)
+    assert [leaf.limits for leaf in plan.leaves] == [(3, 14)] * 3
+    masks = nm.compute_masks(params, plan)
+    expected = limited_counts(
+        {k: s.tolist() for k, s in scores.items()},
+        24,
+        dict.fromkeys("abc", 3),
+        dict.fromkeys("abc", 14),
+    )
+    assert {k: int(mask.sum()) for k, mask in masks.items()} == expected
+    assert sum(expected.values()) == plan.count == 24
+    for k, mask in masks.items():  # and within a leaf, the best
+        best = np.sort(np.asarray(params[k]).ravel())[-expected[k] :]
+        np.testing.assert_array_equal(np.sort(np.asarray(params[k])[mask]), best)
+
+
+def test_limits_hold_for_scores_that_are_not_finite():
+    params = {"a": jnp.full((2, 4), jnp.nan), "b": jnp.full((2, 4), -jnp.inf)}
+    density = nm.global_(0.5, min_density=0.25, max_density=0.75)
+    plan = nm.plan(params, {"": nm.Unstructured()}, density=density)
+    masks = nm.compute_masks(params, plan, params)
+    assert {k: int(mask.sum()) for k, mask in masks.items()} == {"a": 6, "b": 2}
+
+
+def test_limits_that_leave_no_room_are_refused():
+    with pytest.raises(ValueError, match="min_density <= density <= max_density"):
+        nm.global_(0.5, min_density=0.6)
+    params = {"a": jnp.ones((3, 1)), "b": jnp.ones((3, 1))}
+    density = nm.global_(0.5, min_density=0.5)
+    with pytest.raises(ValueError, match="keeps 3 of 6 .* between 4 and 6"):
+        nm.plan(params, {"": nm.Unstructured()}, density=density)
+
+
+def test_the_table_shows_limits():
+    params = {"a": jnp.ones((4, 5)), "b": jnp.ones((4, 5))}
+    rules = {"": nm.Unstructured()}
+    limited = nm.plan(params, rules, density=nm.global_(0.5, max_density=0.75))
+    assert "0 to 0.75" in str(limited)
+    assert "shared" in str(nm.plan(params, rules, density=nm.global_(0.5)))

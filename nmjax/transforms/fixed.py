@@ -83,7 +83,7 @@ class _Fixed:
         return masks
 
 
-def _given(leaf: LeafPlan, mask: Array) -> Array:
+def _given(leaf: LeafPlan, mask: Any) -> Array:
     """Copy a mask: donation fails where two states share a buffer."""
     if is_masked(mask):
         raise ValueError(

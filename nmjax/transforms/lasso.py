@@ -14,6 +14,7 @@ from nmjax.transforms.checks import (
     check_params,
     concrete,
 )
+from nmjax.transforms.moments import widen
 from nmjax.typing import FloatArray, Params
 
 
@@ -122,7 +123,7 @@ def add_pull(
       [3.0, 4.0]
     """
     assert isinstance(leaf.pattern, Block | Channel)
-    wide = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    wide = weights.astype(widen(weights.dtype))
     norms = jnp.sqrt(leaf.pattern.group_sums(jnp.square(wide), leaf.stacked))
     zero = norms == 0
     unit = jnp.where(zero, 0, wide / jnp.where(zero, 1, norms))
