@@ -132,10 +132,10 @@ def remove_neurons(
     new_masks, mask_treedef = named_leaves(masks)
     return (
         jax.tree.unflatten(
-            treedef, [_take(leaf, cuts.get(p)) for p, leaf in leaves.items()]
+            treedef, [_cut(leaf, cuts.get(p)) for p, leaf in leaves.items()]
         ),
         jax.tree.unflatten(
-            mask_treedef, [_take(mask, cuts.get(path)) for path, mask in new_masks]
+            mask_treedef, [_cut(mask, cuts.get(path)) for path, mask in new_masks]
         ),
     )
 
@@ -311,9 +311,9 @@ def _fold(
             "the borders its padding is 0 and not the constant, so that no bias can "
             "replace them"
         )
-    rows = jnp.take(kernel, gone, axis=axis)
+    rows = _take(kernel, gone, axis)
     if not is_masked(mask):
-        active = jnp.take(mask, gone, axis=axis)
+        active = _take(mask, gone, axis)
         rows = jnp.where(active, rows, jnp.zeros((), rows.dtype))
     wide = rows.dtype if jnp.finfo(rows.dtype).bits > 32 else jnp.float32
     shape = [-1 if i == axis else 1 for i in range(ndim)]
@@ -333,10 +333,21 @@ def _sibling_bias(path: str) -> str:
     return f"{above}{slash}bias"
 
 
-def _take(leaf: Any, axes: Mapping[int, _Cut] | None) -> Any:
+def _cut(leaf: Any, cuts: Mapping[int, _Cut] | None) -> Any:
     """Keep what cuts leave of an array."""
-    if is_masked(leaf) or not axes:
+    if is_masked(leaf) or not cuts:
         return leaf
-    for axis, cut in axes.items():
-        leaf = jnp.take(leaf, np.flatnonzero(cut.keep), axis=axis)
+    for axis, cut in cuts.items():
+        leaf = _take(leaf, np.flatnonzero(cut.keep), axis)
     return leaf
+
+
+def _take(array: Any, indices: np.ndarray, axis: int) -> Array:
+    """Take entries along an axis, which comes out whole on every device."""
+    array = jnp.asarray(array)
+    spec = [*jax.typeof(array).sharding.spec]
+    # On an explicit mesh the new, odd length may not divide between the shards.
+    explicit = any(name is not None for name in spec)
+    out = jax.P(*spec[:axis], None, *spec[axis + 1 :]) if explicit else None
+    index = (*[slice(None)] * axis, indices)
+    return array.at[index].get(out_sharding=out, mode="clip")

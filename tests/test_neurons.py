@@ -116,6 +116,31 @@ def test_neurons_map_over_seeds():
     np.testing.assert_array_equal(active, np.asarray(mask).any(1))
 
 
+@pytest.mark.parametrize("spec", [("x", "y"), (None, ("x", "y"))])
+def test_neurons_of_a_sharded_layer_match_numpy(spec):
+    mesh = jax.make_mesh(
+        (4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
+    mask = np.random.default_rng(4).random((16, 32)) < 0.1
+    count = mask.sum(0)
+
+    @jax.jit
+    def measure(masks):
+        counts = neurons.fan_in(masks)
+        active = nm.active_neurons(masks)
+        return counts, active, metrics.density(active), neurons.fan_in_summary(counts)
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(mask, jax.NamedSharding(mesh, jax.P(*spec)))
+        counts, active, share, summary = measure({"kernel": sharded})
+    np.testing.assert_array_equal(counts["kernel"], count)
+    np.testing.assert_array_equal(active["kernel"], count > 0)
+    np.testing.assert_allclose(share, (count > 0).mean(), rtol=2e-7)
+    low, mean, high = summary
+    assert (int(low), int(high)) == (count[count > 0].min(), count.max())
+    np.testing.assert_allclose(mean, count[count > 0].mean(), rtol=2e-7)
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_summary_is_of_active_neurons(wrap):
     counts = {"a": jnp.array([[0, 3], [9, 0]]), "b": jnp.array([2, 2, 0])}

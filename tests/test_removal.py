@@ -140,6 +140,23 @@ def test_constants_of_kept_neurons_are_not_read():
     np.testing.assert_array_equal(again["second"]["bias"], found["second"]["bias"])
 
 
+def test_sharded_layers_lose_the_same_neurons():
+    params, masks, _ = make_mlp()
+    constants = {"first/kernel": np.arange(8.0)}
+    wanted = nm.remove_neurons(params, masks, MLP_CONNECTIONS, constants=constants)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    columns = jax.NamedSharding(mesh, jax.P(None, "x"))
+    rows = jax.NamedSharding(mesh, jax.P("x", None))
+    with jax.set_mesh(mesh):
+        for layer, sharding in {"first": columns, "second": rows}.items():
+            for tree in (params, masks):
+                tree[layer]["kernel"] = jax.device_put(tree[layer]["kernel"], sharding)
+        found = nm.remove_neurons(params, masks, MLP_CONNECTIONS, constants=constants)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted
+    )
+
+
 class CNN(nn.Module):
     """Conv, BatchNorm, conv, and then a mean or all pixels."""
 
