@@ -326,13 +326,13 @@ def test_panels_of_dynamic_training_say_what_they_show(monkeypatch, tmp_path):
     ]
     both = ["positions explored (ITOP)", "share of active neurons"]
     names = ["itop", "active_neurons", "fan_in_max"]
-    for plot, given in (
+    for plot, runs in (
         (plots.plot_history, rows),
         (plots.plot_comparison, {"rigl": rows, "srigl": rows}),
     ):
-        figure = drawn(monkeypatch, plot, given, tmp_path / "a.png")
+        figure = drawn(monkeypatch, plot, runs, tmp_path / "a.png")
         assert titles(figure) == both
-        figure = drawn(monkeypatch, plot, given, tmp_path / "a.png", panels=names)
+        figure = drawn(monkeypatch, plot, runs, tmp_path / "a.png", panels=names)
         assert titles(figure) == [*both, "largest fan-in"]
         assert [axis.get_ylim()[0] for axis in figure.axes] == [0.0, 0.0, 0.0]
 
