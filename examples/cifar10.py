@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from image_options import Run, Settings, load, parse, run_config, runs_of
-from image_steps import State, make_accuracy, make_sgd, make_step
+from image_steps import State, make_accuracy, make_sgd, make_step, make_tracker
 from images import Data
 from recipes import METHODS, Recipe, Task
 from resnets import MODELS
@@ -141,7 +141,7 @@ class Trainer:
         """
         recipe = self.recipe(run, first)
         opt_state = run_once(optimizer.init)(params)
-        track = run_once(nm.tracker(recipe.plan).init)
+        track = run_once(make_tracker(recipe).init)
         tracked = track(params, recipe.masks(opt_state))
         return common.train(
             self.step(run, first),
@@ -221,7 +221,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "method": run.name,
                 "seeds": len(of),
-                "density": f"{np.mean(column['density']):.2g}",
+                "density": f"{np.mean(column['density']):.2f}",
                 "active neurons %": common.mean_std(column["active_neurons"], 1),
                 "as trained %": common.mean_std(column["as_trained"]),
                 "accuracy %": common.mean_std(column["accuracy"]),

@@ -39,12 +39,12 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import nmjax as nm
-from nmjax import reports
+from nmjax import neurons, plans, reports
 
 History = dict[str, list[float]]
 Step = Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]]
 
-PANELS = ("loss", "flip_rate", "density")  # what the plots show
+PANELS = ("loss", "flip_rate", "density", "itop", "active_neurons")  # of the plots
 LINE_SECONDS = 20.0  # how often a line is printed when the output is no terminal
 
 
@@ -393,16 +393,14 @@ def active_neurons(params: Any, masks: Any, plan: nm.Plan) -> float:
 
     Without masks, an input is a weight that is not zero.
     """
-    leaves = jax.tree.leaves(
-        params if masks is None else masks,
-        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
-    )
-    alive = [
-        np.any(np.asarray(leaf) != 0, axis=tuple(range(leaf.ndim - 1)))
-        for leaf, planned in zip(leaves, plan.leaves, strict=True)
-        if planned.is_sparse
-    ]
-    return float(np.concatenate(alive).mean())
+    if masks is None:
+        masks = plans.map_planned(
+            lambda _, weights: weights != 0,
+            plan,
+            params,
+            otherwise=lambda _: optax.MaskedNode(),
+        )
+    return float(neurons.active_share(masks, plan))
 
 
 def write_results(

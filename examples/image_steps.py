@@ -15,6 +15,7 @@ from recipes import Recipe
 from resnets import ResNet
 
 import nmjax as nm
+from nmjax.tracking import Tracker
 
 Settings = argparse.Namespace
 
@@ -67,9 +68,16 @@ def make_normalize(data: Data) -> Callable[[jax.Array], jax.Array]:
     return lambda images: (images.astype(jnp.float32) - mean) / deviation
 
 
+def make_tracker(recipe: Recipe) -> Tracker:
+    """Return the tracker of a method; held masks are also explored over time."""
+    return nm.tracker(
+        recipe.plan, include_itop=recipe.held, include_neurons=recipe.held
+    )
+
+
 def make_step(model: ResNet, recipe: Recipe, data: Data) -> common.Step:
     """Return the jitted training step."""
-    normalize, tracker = make_normalize(data), nm.tracker(recipe.plan)
+    normalize, tracker = make_normalize(data), make_tracker(recipe)
 
     def loss_fn(params: Any, state: State, images: jax.Array, labels: jax.Array) -> Any:
         used = recipe.forward(params, state.opt_state)

@@ -18,6 +18,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import nmjax as nm
@@ -34,7 +35,10 @@ def example(name):
 
 common = example("common")
 cifar10 = example("cifar10")
+image_options = example("image_options")
+image_steps = example("image_steps")
 images = example("images")
+recipes = example("recipes")
 resnets = example("resnets")
 
 
@@ -293,6 +297,10 @@ def test_batch_larger_than_the_subset_is_an_error():
 METHODS = ["dense", "one_shot", "ste", "srste"]
 
 
+def run_of(method, sparsity=None):
+    return image_options.Run(method, sparsity)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """Run the script once: its trainer, rows and printed text."""
@@ -316,6 +324,7 @@ def test_script_trains_saves_and_reloads_every_method(smoke):
     trainer, rows, printed = smoke
     assert [row["method"] for row in rows] == METHODS
     assert [row["density"] for row in rows] == [1.0, 0.5, 0.5, 0.5]
+    assert [row["sparsity"] for row in rows] == [None] * 4
     for row in rows:
         assert row["reloaded"] == row["accuracy"]
     assert rows[1]["as_trained"] == rows[0]["accuracy"]
@@ -330,7 +339,7 @@ def test_saved_network_is_exactly_sparse(smoke):
     trainer, _, _ = smoke
     like = trainer.initialise(0)
     model = common.load_model(trainer.settings.out / "srste-seed0" / "model", like)
-    for leaf in trainer.plan.sparse_leaves:
+    for leaf in trainer.recipe(run_of("srste")).plan.sparse_leaves:
         kernel = functools.reduce(
             lambda x, k: x[k], leaf.path.split("/"), model["params"]
         )
@@ -341,8 +350,8 @@ def test_saved_network_is_exactly_sparse(smoke):
 def test_dense_run_logs_flips_but_no_density(smoke, monkeypatch):
     trainer, _, _ = smoke
     monkeypatch.setattr(trainer.settings, "resume", True)
-    _, dense = trainer.train("dense", 0)
-    _, srste = trainer.train("srste", 0)
+    _, dense = trainer.train(run_of("dense"), 0)
+    _, srste = trainer.train(run_of("srste"), 0)
     assert "flip_rate" in dense and "density" not in dense
     assert set(srste["density"]) == {0.5}
     assert srste["step"] == list(range(2, 26, 2))
@@ -351,7 +360,9 @@ def test_dense_run_logs_flips_but_no_density(smoke, monkeypatch):
 def test_killed_run_resumes_to_the_same_bits(smoke, tmp_path, monkeypatch):
     trainer, _, _ = smoke
     monkeypatch.setattr(trainer.settings, "resume", True)
-    whole, whole_history = trainer.train("srste", 0)  # as its last checkpoint has it
+    whole, whole_history = trainer.train(
+        run_of("srste"), 0
+    )  # as its last checkpoint has it
 
     # Step 12 has just begun to be saved when the process is killed.
     script = textwrap.dedent(
@@ -383,8 +394,105 @@ def test_killed_run_resumes_to_the_same_bits(smoke, tmp_path, monkeypatch):
     assert step in (8, 12)
 
     monkeypatch.setattr(trainer.settings, "out", tmp_path)
-    resumed, history = trainer.train("srste", 0)
+    resumed, history = trainer.train(run_of("srste"), 0)
     assert_same_bits(resumed, whole)
     assert history["step"] == whole_history["step"]
     assert history["loss"] == whole_history["loss"]
     assert history["flip_rate"] == whole_history["flip_rate"]
+
+
+# Methods that hold masks ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_trainer(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("held"))
+    settings = cifar10.parse(["--smoke", "--out", out])
+    return cifar10.Trainer(image_options.load(settings), settings)
+
+
+HELD = [run_of(method, 50.0) for method in recipes.FREE]
+HELD += [run_of("retrain"), run_of("progressive")]
+
+
+@pytest.mark.parametrize("run", HELD, ids=lambda run: run.method)
+def test_held_methods_start_sparse_and_their_step_traces(small_trainer, run):
+    trainer = small_trainer
+    recipe = trainer.recipe(run)
+    variables = trainer.initialise(0)
+    params = recipe.start(common.key_for(0, 2), variables["params"])
+    opt_state = recipe.optimizer.init(params)
+    masks = recipe.masks(opt_state)
+    for leaf, mask in zip(recipe.plan.leaves, tree_leaves(masks), strict=True):
+        assert leaf.is_sparse == (not isinstance(mask, optax.MaskedNode))
+    starts_sparse = run.method in ("static", "set", "rigl", "srigl", "srigl_noablation")
+    share = common.nonzero_fraction(params, recipe.plan)
+    assert share == pytest.approx(0.5 if starts_sparse else 1.0, abs=0.02)
+    tracked = image_steps.make_tracker(recipe).init(params, masks)
+    state = cifar10.State(params, variables["batch_stats"], opt_state, tracked)
+    out, metrics = jax.eval_shape(trainer.step(run), state, trainer.batch_at(0, 0))
+    assert jax.tree.structure(out) == jax.tree.structure(state)
+    assert {"loss", "density", "flip_rate", "itop", "active_neurons"} <= metrics.keys()
+
+
+def tree_leaves(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+
+
+def test_script_finds_tickets_and_resumes(tmp_path, capsys):
+    arguments = ["--smoke", "--out", str(tmp_path), "--method", "lottery"]
+    [row] = cifar10.main([*arguments, "--sparsity", "36"])
+    assert row["density"] == pytest.approx(0.64, abs=2e-3)
+    assert row["reloaded"] == row["accuracy"]
+    assert row["active_neurons"] == 100
+    folders = {path.name for path in (tmp_path / "lottery-36-seed0").iterdir()}
+    assert folders >= {"early", "round0", "round1", "round2", "model"}
+    assert (tmp_path / "sparsity.png").stat().st_size > 0
+    assert "| lottery-36 | 1     | 0.64    |" in capsys.readouterr().out
+
+    settings = cifar10.parse([*arguments, "--sparsity", "36", "--resume"])
+    trainer = cifar10.Trainer(image_options.load(settings), settings)
+    state, history = trainer.train(run_of("lottery", 36.0), 0)
+    assert history["seconds"][-1] == row["train_seconds"]
+    assert trainer.report(run_of("lottery", 36.0), 0, state) == {
+        name: row[name] for name in row if name not in ("flip_rate", "train_seconds")
+    }
+
+
+def test_published_recipes_are_the_defaults():
+    free = cifar10.parse(["--data-dir", "x", "--method", "dense", "rigl"])
+    assert (free.model, free.epochs, free.batch_size) == ("resnet18", 250, 128)
+    assert (free.schedule, free.lr, free.delta_t) == ("steps", 0.1, 100)
+    assert (free.drop_fraction, free.weight_decay) == (0.3, 5e-4)
+    structured = cifar10.parse(["--data-dir", "x", "--method", "dense", "srste"])
+    assert (structured.epochs, structured.schedule) == (200, "cosine")
+
+
+def test_the_learning_rate_falls_in_steps():
+    settings = cifar10.parse(["--data-dir", "x", "--method", "rigl"])
+    settings.weight_decay = 0.0
+    ones = jnp.ones(1)
+    rates = []
+    for first in (0, 76, 77, 154, 231, 249):
+        tx = cifar10.make_sgd(settings, 250, 1, first)
+        updates, _ = tx.update(ones, tx.init(ones), ones)
+        rates.append(-float(updates[0]) / 1.9)  # Nesterov's first step
+    np.testing.assert_allclose(
+        rates, [0.1, 0.1, 0.02, 0.004, 0.0008, 0.0008], rtol=1e-5
+    )
+
+
+def test_pooled_images_are_means_of_squares():
+    data = images.load_digits()
+    small = images.pool(data, 2)
+    assert small.images.shape == (1257, 4, 4, 1)
+    square = data.images[3, 2:4, 4:6, 0].astype(float)
+    assert small.images[3, 1, 2, 0] == np.round(square.mean())
+    with pytest.raises(ValueError, match="squares of 3 pixels do not tile .* 8x8"):
+        images.pool(data, 3)
+
+
+def test_sparsity_option_says_what_it_wants(capsys):
+    with pytest.raises(SystemExit):
+        cifar10.parse(["--sparsity", "100"])
+    assert "100 is no sparsity in per cent" in capsys.readouterr().err
