@@ -12,9 +12,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax import lax
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
-from nmjax.masking import fan_in_mask, topk_mask
+from nmjax.masking import topk_mask
+from nmjax.masking.counting import count_true, select_highest
+from nmjax.masking.ordering import order_keys
 from nmjax.typing import FloatArray, MaskArray
 
 Fraction = float | int | Float[Array, ""]
@@ -67,7 +70,7 @@ def keep_largest(
       >>> kept.tolist(), int(dropped)
       ([True, False, True, False], 1)
     """
-    active = jnp.sum(mask, dtype=jnp.int32)
+    active = _count(mask)
     dropped = drop_count(active, drop_fraction)
     return topk_mask(_among(weights, mask), active - dropped), dropped
 
@@ -138,7 +141,7 @@ def rigl_update(
     """
     _check_shapes(weights, mask, grads)
     kept, _ = keep_largest(weights, mask, drop_fraction)
-    active = jnp.sum(mask, dtype=jnp.int32)
+    active = _count(mask)
     return regrow(kept, jnp.abs(grads), lambda scores: topk_mask(scores, active))
 
 
@@ -177,7 +180,7 @@ def set_update(
     """
     _check_shapes(weights, mask, weights)
     kept, _ = keep_largest(weights, mask, drop_fraction)
-    active = jnp.sum(mask, dtype=jnp.int32)
+    active = _count(mask)
     chance = jax.random.uniform(key, mask.shape, jnp.float32)
     return regrow(kept, chance, lambda scores: topk_mask(scores, active))
 
@@ -254,13 +257,19 @@ def srigl_update(
         alive = jnp.ones((neurons,), bool)
     else:
         salient = kept | topk_mask(grown, dropped)
-        counts = jnp.sum(salient, axis=tuple(range(salient.ndim - 1)), dtype=jnp.int32)
+        counts = count_true(salient, tuple(range(salient.ndim - 1)))
         least = _ablation_threshold(gamma_sal, budget // neurons)
         guard = max(1, budget // inputs)
         alive = counts >= jnp.minimum(least, _count_at_rank(counts, guard, inputs))
     fan_in = jnp.minimum(inputs, budget // jnp.sum(alive, dtype=jnp.int32))
-    largest = fan_in_mask(_among(weights, kept), fan_in) & kept
-    return regrow(largest, grown, lambda scores: fan_in_mask(scores, fan_in)) & alive
+    inward = tuple(range(weights.ndim - 1))
+    keys = _first_kept_then_grown(kept, weights, grown)
+    [mask] = select_highest([keys], fan_in, inward)
+    return mask & alive
+
+
+def _count(mask: MaskArray) -> Int[Array, ""]:
+    return count_true(mask, tuple(range(mask.ndim)))
 
 
 def _ablation_threshold(gamma_sal: float | int, fan_in: int) -> int:
@@ -278,12 +287,30 @@ def _count_at_rank(
 
     By bisection over the count, so that only numbers cross devices.
     """
-    low = jnp.zeros((), jnp.int32)
-    for bit in reversed(range(largest.bit_length())):
-        middle = low + (1 << bit)
+    bits = largest.bit_length()
+
+    def halve(i: Array, low: Array) -> Array:
+        middle = low + lax.shift_left(jnp.int32(1), bits - 1 - i)
         enough = jnp.sum(counts >= middle, dtype=jnp.int32) >= rank
-        low = jnp.where(enough, middle, low)
-    return low
+        return jnp.where(enough, middle, low)
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(bits), halve, jnp.int32(0))
+
+
+def _first_kept_then_grown(
+    kept: MaskArray, weights: FloatArray, growth: FloatArray
+) -> Integer[Array, "..."]:
+    """Order all weights: the kept ones by magnitude, then the others by growth."""
+    dtypes = {weights.dtype, growth.dtype}
+    common = jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
+    dtype = weights.dtype if len(dtypes) == 1 else common
+    stay, grow = (order_keys(jnp.abs(a).astype(dtype)) for a in (weights, growth))
+    # Keys of magnitudes start at 0 and end just above infinity's, which is less than
+    # half of all integers.
+    lowest = jnp.asarray(jnp.iinfo(grow.dtype).min, grow.dtype)
+    infinity = order_keys(jnp.asarray(jnp.inf, dtype))
+    grow = lowest + jnp.minimum(grow, infinity - 1)
+    return jnp.where(kept, lowest + infinity + stay, grow)
 
 
 def _among(weights: FloatArray, mask: MaskArray) -> FloatArray:

@@ -64,51 +64,61 @@ def select_highest(
     unsigned = _UNSIGNED[keys[0].dtype.itemsize]
     lowest = jnp.asarray(jnp.iinfo(keys[0].dtype).min, keys[0].dtype)
     shifted = [lax.bitcast_convert_type(key ^ lowest, unsigned) for key in keys]
+    firsts = [total - sum(sizes[:i]) for i in range(len(sizes))]
+
+    def ranks(threshold: Array) -> list[Array]:
+        """Rank ties, from the first index on, below all keys above the threshold."""
+        found = []
+        for key, along, first in zip(shifted, axes_of, firsts, strict=True):
+            rank = jnp.uint32(first) - _row_major_index(key.shape, along)
+            rank = jnp.where(key == threshold, rank, jnp.uint32(0))
+            found.append(jnp.where(key > threshold, jnp.uint32(2**32 - 1), rank))
+        return found
+
     everything = count([key == key for key in keys])
-    threshold, reached = _find_threshold(shifted, k, everything, count)
+    threshold, bound = _find_bounds(shifted, ranks, total, k, everything, count)
 
     def keep_reaching() -> list[Array]:
         return [key >= threshold for key in shifted]
 
     def break_ties() -> list[Array]:
-        # Rank once more: those above first, then those equal from the first index on.
-        ranks = []
-        left = total
-        for key, along, size in zip(shifted, axes_of, sizes, strict=True):
-            rank = jnp.uint32(left) - _row_major_index(key.shape, along)
-            rank = jnp.where(key == threshold, rank, jnp.uint32(0))
-            ranks.append(jnp.where(key > threshold, jnp.uint32(2**32 - 1), rank))
-            left -= size
-        bound, _ = _find_threshold(
-            ranks, k, everything, count, max(total.bit_length(), 1)
-        )
-        return [rank >= bound for rank in ranks]
+        # A slice that needs no ranks keeps everything from the threshold on.
+        return [rank >= jnp.maximum(bound, 1) for rank in ranks(threshold)]
 
-    return lax.cond(jnp.all(reached == k), keep_reaching, break_ties)
+    return lax.cond(jnp.all(bound == 0), keep_reaching, break_ties)
 
 
-def _find_threshold(
+def _find_bounds(
     keys: Sequence[Array],
+    ranks: Callable[[Array], Sequence[Array]],
+    total: int,
     k: Array,
     everything: Array,
     count: Counter,
-    bits: int | None = None,
 ) -> tuple[Array, Array]:
-    """Find the largest threshold that k keys or more reach, and how many do.
+    """Find the largest threshold that k keys or more reach, and a bound for ties.
 
-    Stops at the first digit where exactly k keys reach it in every slice.
+    The digits of the ranks follow those of the keys, in one loop: that is half the
+    program to compile. It stops at the first digit where exactly k entries of every
+    slice reach what is known.
     """
     dtype = keys[0].dtype
-    digits = -(-(bits or 8 * dtype.itemsize) // DIGIT)
+    ties = -(-total.bit_length() // DIGIT)
+    digits = ties + dtype.itemsize * 8 // DIGIT
 
     def unfinished(state):
-        digit, _, reached = state
+        digit, _, _, reached = state
         return (digit >= 0) & jnp.any(reached != k)
 
     def find_digit(state):
-        digit, threshold, reached = state
-        shift = (digit * DIGIT).astype(dtype)
-        values = [_digit_above(key, threshold, shift) for key in keys]
+        digit, threshold, bound, reached = state
+        among_ties = digit < ties
+        shift = jnp.where(among_ties, digit, digit - ties) * DIGIT
+        values = lax.cond(
+            among_ties,
+            lambda: [_digit_above(rank, bound, shift) for rank in ranks(threshold)],
+            lambda: [_digit_above(key, threshold, shift) for key in keys],
+        )
 
         def halve(i, state):
             low, reached = state
@@ -122,12 +132,23 @@ def _find_threshold(
         low, reached = lax.fori_loop(
             jnp.int32(0), jnp.int32(DIGIT), halve, (lowest, reached)
         )
-        found = lax.shift_left((low - lowest).astype(dtype), shift)
-        return digit - 1, threshold | found, reached
+        found = low - lowest
 
-    start = (jnp.int32(digits - 1), jnp.zeros_like(everything, dtype), everything)
-    _, threshold, reached = lax.while_loop(unfinished, find_digit, start)
-    return threshold, reached
+        def extend(known: Array, here: Array) -> Array:
+            grown = lax.shift_left(found.astype(known.dtype), shift.astype(known.dtype))
+            return jnp.where(here, known | grown, known)
+
+        threshold = extend(threshold, ~among_ties)
+        return digit - 1, threshold, extend(bound, among_ties), reached
+
+    start = (
+        jnp.int32(digits - 1),
+        jnp.zeros_like(everything, dtype),
+        jnp.zeros_like(everything, jnp.uint32),
+        everything,
+    )
+    _, threshold, bound, _ = lax.while_loop(unfinished, find_digit, start)
+    return threshold, bound
 
 
 def _digit_above(keys: Array, threshold: Array, shift: Array) -> Array:
@@ -136,6 +157,7 @@ def _digit_above(keys: Array, threshold: Array, shift: Array) -> Array:
     Keys with a higher prefix count as the highest digit and keys with a lower one as
     the lowest, which no bisection asks for.
     """
+    shift = shift.astype(keys.dtype)
     keys, threshold = keys >> shift, threshold >> shift
     beyond = jnp.minimum(keys - threshold, jnp.asarray(2**DIGIT - 1, keys.dtype))
     digit = jnp.where(keys < threshold, jnp.zeros_like(keys), beyond)
