@@ -7,7 +7,7 @@
 - `fixed`: `static`, which keeps params exactly sparse around an inner optimizer.
 - `growing`: `set_`, `rigl` and `srigl`, which drop and grow weights besides.
 - `pruning`: `one_shot`, `gradual` and `progressive_nm`, which become sparse on the way.
-- `holding`, `dynamics`, `scoring`: the mechanism of these three.
+- `holding`, `clearing`, `zeros`, `dynamics`, `scoring`: their mechanism.
 - `lasso`: `group_lasso`, a penalty on blocks and channels.
 - `state`: `masks` and `sparse_phase`, which find masks and phase in any nesting of
   optimizer states.

@@ -31,6 +31,7 @@ class DynamicTopology:
       stop: no change from this step on.
       accumulate: gradients summed before a change.
       key: random key, or None.
+      apart: True, each leaf changes by itself.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class DynamicTopology:
     stop: int
     accumulate: int = 1
     key: Any = None
+    apart: bool = True
 
     def start(self, params: Params) -> Masks:
         """Choose magnitude masks."""

@@ -61,6 +61,7 @@ class _Fixed:
     masks: Masks | None
     memory: None = None
     key: Any = None
+    apart: bool = True
 
     def start(self, params: Params) -> Masks:
         if self.masks is None:

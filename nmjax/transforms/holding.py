@@ -8,13 +8,17 @@ optimizer, as `optax.MultiSteps` does.
 
 Order of one update, with masks E and a topology rule:
 
-1. the inner optimizer steps on ``E * g``;
+1. the inner optimizer steps on ``E * g``, from moments and params that are zero
+   outside of E;
 2. the result is projected: ``u`` where active, ``-p`` elsewhere, in the params' dtype;
 3. at the steps the rule names, new masks E' are chosen from the params AFTER this
    step and the raw gradient of this step;
 4. dropped weights get ``-p``, grown ones start at 0;
-5. the inner optimizer's moments are zero wherever a weight was not active before and
-   after the update.
+5. moments are zero from then on wherever a weight was not active before and after.
+
+Most moments of inactive weights stay zero by themselves, since gradients, moments and
+params are zero there; `nmjax.transforms.zeros` finds those that do not, and only they
+are set to zero again.
 
 Forward passes need no mask: the params themselves are sparse, and a zero weight still
 has a gradient.
@@ -30,8 +34,17 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from nmjax.paths import is_masked
 from nmjax.plans import Plan, matching_leaves, named_leaves
-from nmjax.projection import apply_masks
 from nmjax.transforms.checks import check_fit, check_is_plan, check_params
+from nmjax.transforms.clearing import (
+    clear,
+    clear_tree,
+    find_moments,
+    find_restless,
+    map_held,
+    project_updates,
+    reset_moments,
+    select,
+)
 from nmjax.typing import Masks, Params
 
 Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
@@ -77,7 +90,13 @@ class Topology(Protocol):
       memory: what a change is decided by in place of the gradients of its step, or
         None.
       key: random key to start from, or None.
+      apart: whether the masks of different leaves are chosen independently.
     """
+
+    @property
+    def apart(self) -> bool:
+        """Whether leaves change independently; `change` may see one at a time."""
+        ...
 
     @property
     def memory(self) -> Memory | None:
@@ -144,155 +163,106 @@ def hold(
     def update_fn(updates, state, params=None, *, topology=None, **extra_args):
         params = check_params(params, name)
         check_fit(plan, params)
-        masks, grads = state.masks, updates
-        masked = apply_masks(grads, masks)
-        updates, inner_state = inner.update(masked, state.inner, params, **extra_args)
+        grads, masks = updates, state.masks
+        places = find_moments(inner, state.inner, params, masks)
+        inputs = (
+            clear_tree(grads, masks),
+            reset_moments(state.inner, params, masks, places),
+            clear_tree(params, masks),
+        )
+        updates, inner_state = inner.update(*inputs, **extra_args)
+        restless = find_restless(
+            lambda *trees: inner.update(*trees, **extra_args)[1], *inputs, places
+        )
+        inner_state = reset_moments(inner_state, params, masks, restless)
         updates = project_updates(updates, params, masks)
         count = jnp.asarray(optax.safe_increment(state.count))
         growth = _remember(decide.memory, state, params, grads, count)
-        signal = grads if decide.memory is None else growth
-
-        def change(operands):
-            updates, masks, key, signal = operands
-            stepped = optax.apply_updates(params, updates)
-            use, next_key = _split(key)
-            chosen = decide.change(count, use, stepped, masks, signal)
-            lasts = decide.memory is not None and decide.memory.lasts
-            rest = growth if lasts else jax.tree.map(jnp.zeros_like, growth)
-            return chosen, next_key, rest
-
-        def keep(operands):
-            _, masks, key, _ = operands
-            return masks, key, growth
-
-        operands = (updates, masks, state.key, signal)
-        if topology is None:
-            out = jax.lax.cond(decide.due(count), change, keep, operands)
-        else:
-            out = change(operands) if topology else keep(operands)
-        chosen, key, growth = out
-        both = jax.tree.map(lambda old, new: old & new, masks, chosen)
-        updates = project_updates(updates, params, both)
-        inner_state = reset_moments(inner, inner_state, params, both)
-        return updates, HeldState(count, chosen, inner_state, growth, key)
+        state = HeldState(count, masks, inner_state, growth, state.key)
+        due = decide.due(count) if topology is None else topology
+        if due is False:
+            return updates, state
+        return _change(decide, due, params, grads, updates, state, places)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def project_updates(updates: PyTree, params: Params, masks: Masks) -> PyTree:
-    r"""Make updates that leave inactive params at exactly zero.
-
-    .. math:: u_i \text{ if } e_i \text{ else } -p_i
-
-    Args:
-      updates: tree of updates.
-      params: tree of params.
-      masks: tree of masks; `optax.MaskedNode()` leaves an update as it is.
-
-    Returns:
-      Updates in the dtype of the params, so that `optax.apply_updates` gives 0.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from nmjax.transforms import holding
-      >>> updates = {"w": jnp.array([0.5, jnp.inf])}
-      >>> params = {"w": jnp.array([1.0, 2.0])}
-      >>> masks = {"w": jnp.array([True, False])}
-      >>> holding.project_updates(updates, params, masks)["w"].tolist()
-      [0.5, -2.0]
-    """
-    return map_held(
-        lambda p, mask, u: jnp.where(mask, u.astype(p.dtype), 0 - p),
-        params,
-        masks,
-        updates,
-        otherwise=lambda p, u: u,
-    )
-
-
-def reset_moments(
-    inner: Optimizer,
-    state: optax.OptState,
+def _change(
+    topology: Topology,
+    due: Bool[Array, ""] | bool,
     params: Params,
-    active: Masks,
-) -> optax.OptState:
-    """Set an optimizer's moments to zero where weights are not active.
+    grads: PyTree,
+    updates: PyTree,
+    state: HeldState,
+    places: list[list[int]],
+) -> tuple[PyTree, HeldState]:
+    """Choose new masks if they are due, and let updates and state follow.
 
-    Every array of the state that stands for a param and has its shape is a moment.
-    Others, such as adafactor's factored moments, are left alone.
-
-    Args:
-      inner: the optimizer.
-      state: its state.
-      params: the params it was made for.
-      active: masks of the moments to keep.
-
-    Returns:
-      The state.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from nmjax.transforms import holding
-      >>> params, mask = {"w": jnp.ones(2)}, {"w": jnp.array([True, False])}
-      >>> tx = optax.trace(0.9)
-      >>> _, state = tx.update(params, tx.init(params), params)
-      >>> holding.reset_moments(tx, state, params, mask).trace["w"].tolist()
-      [1.0, 0.0]
+    Every leaf has a condition of its own where masks are chosen leaf by leaf, so that
+    the gradients and temporary arrays of different leaves need not live at once. What
+    a condition hands through unchanged is not copied.
     """
     pairs, treedef = named_leaves(params)
-    masks = jax.tree.unflatten(treedef, matching_leaves(pairs, active))
+    weights = [leaf for _, leaf in pairs]
+    memory = topology.memory
+    signal = matching_leaves(pairs, grads if memory is None else state.growth)
+    forgets = memory is not None and not memory.lasts
+    use, next_key = _split(state.key)
+    steps, masks = (matching_leaves(pairs, tree) for tree in (updates, state.masks))
+    inner_leaves, inner_def = jax.tree.flatten(state.inner)
 
-    def reset(moment: Any, mask: Any) -> Any:
-        if is_masked(mask) or is_masked(moment) or moment is None:
-            return moment
-        if jnp.shape(moment) != mask.shape:
-            return moment
-        return jnp.where(mask, moment, jnp.zeros((), moment.dtype))
+    def tree_of(group: list[int], leaves: list[Array]) -> PyTree:
+        found: list[Any] = [optax.MaskedNode()] * len(pairs)
+        for i, leaf in zip(group, leaves, strict=True):
+            found[i] = leaf
+        return jax.tree.unflatten(treedef, found)
 
-    return optax.tree.map_params(
-        inner, reset, state, masks, is_leaf=lambda leaf: leaf is None or is_masked(leaf)
-    )
+    held = [i for i, mask in enumerate(masks) if not is_masked(mask)]
+    for group in [[i] for i in held] if topology.apart else [held]:
 
+        def change(operands, group=group):
+            weights, steps, masks, signal, moments = operands
+            stepped = [w + step for w, step in zip(weights, steps, strict=True)]
+            trees = (tree_of(group, leaves) for leaves in (stepped, masks, signal))
+            tree = topology.change(state.count, use, *trees)
+            leaves = matching_leaves(pairs, tree)
+            chosen = [leaves[i] for i in group]
+            kept = [
+                [clear(old & new, moment) for moment in of_leaf]
+                for old, new, of_leaf in zip(masks, chosen, moments, strict=True)
+            ]
+            return chosen, [jnp.zeros_like(s) for s in signal if forgets], kept
 
-def map_held(
-    fn: Callable[..., Any],
-    params: Params,
-    masks: Masks,
-    *rest: PyTree,
-    otherwise: Callable[..., Any],
-) -> PyTree:
-    """Map over the leaves that have a mask, and over the others by `otherwise`.
+        def keep(operands):
+            _, _, masks, signal, moments = operands
+            return masks, [s for s in signal if forgets], moments
 
-    Args:
-      fn: called as ``fn(param, mask, *rest)``.
-      params: tree of params.
-      masks: tree of masks with the same paths.
-      *rest: trees with the same paths.
-      otherwise: called as ``otherwise(param, *rest)`` where there is no mask.
-
-    Returns:
-      A tree with the structure of `params`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from nmjax.transforms import holding
-      >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-      >>> masks = {"a": jnp.array([True, False]), "b": optax.MaskedNode()}
-      >>> count = lambda p, mask: int(mask.sum())
-      >>> holding.map_held(count, params, masks, otherwise=lambda p: p.size)
-      {'a': 1, 'b': 3}
-    """
-    pairs, treedef = named_leaves(params)
-    columns = [matching_leaves(pairs, tree) for tree in (masks, *rest)]
-    out = []
-    for (_, leaf), mask, *others in zip(pairs, *columns, strict=True):
-        if is_masked(leaf):
-            out.append(leaf)
-        elif is_masked(mask):
-            out.append(otherwise(leaf, *others))
+        for i in group:
+            # The condition needs the updates as arrays: do not compute them twice.
+            steps[i] = jax.lax.optimization_barrier(steps[i])
+        operands = (
+            *([column[i] for i in group] for column in (weights, steps, masks, signal)),
+            [[inner_leaves[place] for place in places[i]] for i in group],
+        )
+        if due is True:
+            chosen, totals, moments = change(operands)
         else:
-            out.append(fn(leaf, mask, *others))
-    return jax.tree.unflatten(treedef, out)
+            chosen, totals, moments = jax.lax.cond(due, change, keep, operands)
+        for i, mask, of_leaf in zip(group, chosen, moments, strict=True):
+            masks[i] = mask
+            steps[i] = select(mask, steps[i], 0 - weights[i])
+            for place, moment in zip(places[i], of_leaf, strict=True):
+                inner_leaves[place] = moment
+        for i, total in zip(group, totals, strict=False):
+            signal[i] = total
+
+    key = state.key
+    if not is_masked(key):
+        key = jax.lax.cond(due, lambda: next_key, lambda: state.key)
+    steps, masks = (jax.tree.unflatten(treedef, leaves) for leaves in (steps, masks))
+    growth = jax.tree.unflatten(treedef, signal) if forgets else state.growth
+    inner_state = jax.tree.unflatten(inner_def, inner_leaves)
+    return steps, HeldState(state.count, masks, inner_state, growth, key)
 
 
 def _zeros_where_held(params: Params, masks: Masks) -> PyTree:

@@ -257,6 +257,10 @@ class _OneShot:
     key: Any = None
 
     @property
+    def apart(self) -> bool:
+        return self.plan.global_budget is None
+
+    @property
     def memory(self) -> Memory | None:
         return self.score.memory
 
@@ -285,6 +289,10 @@ class _Gradual:
     initial: float
     score: Score
     key: Any = None
+
+    @property
+    def apart(self) -> bool:
+        return self.plan.global_budget is None
 
     @property
     def memory(self) -> Memory | None:
@@ -352,6 +360,10 @@ class _Ladder:
     counts: tuple[int, ...]
     score: Score
     key: Any = None
+
+    @property
+    def apart(self) -> bool:
+        return self.plan.global_budget is None
 
     @property
     def memory(self) -> Memory | None:
