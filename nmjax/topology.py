@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from nmjax.masking import topk_mask
 from nmjax.masking.counting import count_true, select_highest
-from nmjax.masking.ordering import order_keys
+from nmjax.masking.ordering import explicit_sharding, order_keys
 from nmjax.typing import FloatArray, MaskArray
 
 Fraction = float | int | Float[Array, ""]
@@ -181,8 +181,35 @@ def set_update(
     _check_shapes(weights, mask, weights)
     kept, _ = keep_largest(weights, mask, drop_fraction)
     active = _count(mask)
-    chance = jax.random.uniform(key, mask.shape, jnp.float32)
+    chance = random_scores(key, mask)
     return regrow(kept, chance, lambda scores: topk_mask(scores, active))
+
+
+def random_scores(key: PRNGKeyArray, mask: MaskArray) -> Float[Array, "..."]:
+    """Draw scores to grow at random.
+
+    They are positive floats with 30 random bits, where a uniform number has 23: then
+    ties are rare, which cost time, even among millions of weights.
+
+    Args:
+      key: random key.
+      mask: array whose shape the scores have; on an Explicit mesh also its sharding.
+
+    Returns:
+      float32 scores, the same on every mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nmjax import topology
+      >>> scores = topology.random_scores(jax.random.key(0), jnp.zeros((64, 64), bool))
+      >>> len(set(scores.ravel().tolist()))
+      4096
+    """
+    bits = jax.random.bits(
+        key, mask.shape, jnp.uint32, out_sharding=explicit_sharding(mask)
+    )
+    smallest = jnp.uint32(0x00800000)  # the pattern of the smallest normal number
+    return lax.bitcast_convert_type((bits >> 2) + smallest, jnp.float32)
 
 
 def srigl_update(

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Integer
 
-from nmjax.masking.ordering import count_shards, split_axis
+from nmjax.masking.ordering import count_shards, explicit_sharding, split_axis
 from nmjax.masking.ranking import stop_fusion
 
 DIGIT = 8  # bits
@@ -70,7 +70,7 @@ def select_highest(
         """Rank ties, from the first index on, below all keys above the threshold."""
         found = []
         for key, along, first in zip(shifted, axes_of, firsts, strict=True):
-            rank = jnp.uint32(first) - _row_major_index(key.shape, along)
+            rank = jnp.uint32(first) - _row_major_index(key, along)
             rank = jnp.where(key == threshold, rank, jnp.uint32(0))
             found.append(jnp.where(key > threshold, jnp.uint32(2**32 - 1), rank))
         return found
@@ -164,11 +164,15 @@ def _digit_above(keys: Array, threshold: Array, shift: Array) -> Array:
     return lax.bitcast_convert_type(digit.astype(jnp.uint8) ^ 128, jnp.int8)
 
 
-def _row_major_index(shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis in axes:
-        index *= jnp.uint32(shape[axis])
-        index += lax.broadcasted_iota(jnp.uint32, shape, axis)
+def _row_major_index(like: Array, axes: tuple[int, ...]) -> Array:
+    def along(axis: int) -> Array:
+        return lax.broadcasted_iota(
+            jnp.uint32, like.shape, axis, out_sharding=explicit_sharding(like)
+        )
+
+    index = along(axes[0])
+    for axis in axes[1:]:
+        index = index * jnp.uint32(like.shape[axis]) + along(axis)
     return index
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Sharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Integer, Shaped
 
@@ -143,6 +144,15 @@ def count_shards(x: Array, axis: int) -> int:
     names = sharding.spec[axis] or ()
     names = names if isinstance(names, tuple) else (names,)
     return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def explicit_sharding(x: Array) -> Sharding | None:
+    """Give the sharding of an array on an Explicit mesh, None elsewhere.
+
+    What is made from nothing, such as an index, is whole on every device otherwise.
+    """
+    sharding = jax.typeof(x).sharding
+    return sharding if any(sharding.spec) else None
 
 
 def split_axis(x: Array, axis: int, m: int) -> Array:

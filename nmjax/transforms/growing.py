@@ -85,8 +85,7 @@ def set_(
     def rule(leaf, key, weights, mask, grads, fraction):
         del grads
         kept, _ = _keep(leaf, weights, mask, fraction)
-        chance = jax.random.uniform(key, mask.shape)
-        return _regrow(leaf, kept, chance)
+        return _regrow(leaf, kept, topology.random_scores(key, mask))
 
     stop = _check_steps(total_steps, delta_t, stop, 1)
     changes = DynamicTopology(plan, rule, drop, delta_t, stop, key=key)

@@ -68,7 +68,8 @@ def _outputs(closed: Any, marks: Sequence[Mark]) -> list[Mark]:
 
 def _follow(eqn: Any, marks: list[Mark]) -> list[Mark]:
     """Mark the outputs of one operation."""
-    name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
+    name = eqn.primitive.name
+    unknown: list[Mark] = [None] * len(eqn.outvars)
     if name in _ONE:
         return marks if len(marks) == len(unknown) else unknown
     if name in _ALL:
@@ -85,14 +86,14 @@ def _follow(eqn: Any, marks: list[Mark]) -> list[Mark]:
         return [EVERYWHERE if marks[0] == EVERYWHERE else None]
     if name == "cond":
         each = [_outputs(branch, marks[1:]) for branch in eqn.params["branches"]]
-        return [_common(list(found)) for found in zip(*each, strict=True)]
+        return [_common(found) for found in zip(*each, strict=True)]
     inside = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if name in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"):
         return _outputs(inside, marks)
     return unknown
 
 
-def _common(marks: list[Mark]) -> Mark:
+def _common(marks: Sequence[Mark]) -> Mark:
     """Give the mark that all have, where zeros everywhere fit any."""
     if None in marks:
         return None
