@@ -10,6 +10,7 @@ from typing import Any as _Any
 
 from nmjax.budgets import Block, Channel, FanIn, Unstructured
 from nmjax.distributions import er, erk, global_, uniform
+from nmjax.formats import compress, decompress
 from nmjax.initial import sparse_init
 from nmjax.lottery import rewind
 from nmjax.masking import (
@@ -64,7 +65,9 @@ __all__ = [
     "apply_masks",
     "block_mask",
     "channel_mask",
+    "compress",
     "compute_masks",
+    "decompress",
     "er",
     "erk",
     "fan_in_mask",

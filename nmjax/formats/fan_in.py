@@ -1,0 +1,162 @@
+"""Constant fan-in arrays: each neuron's weights, and the inputs they belong to."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from nmjax.formats.checks import (
+    Compressed,
+    check_concrete,
+    check_shape_of_mask,
+    register,
+)
+from nmjax.masking.ordering import as_axes
+from nmjax.typing import FloatArray, MaskArray
+
+
+@register
+@dataclasses.dataclass(frozen=True, repr=False)
+class FanInArray(Compressed):
+    """An array of which every neuron keeps the same number k of inputs.
+
+    Neurons without inputs (ablated ones) are not stored; their entries are zero.
+
+    Attributes:
+      values: weights of the active neurons, ``(alive, k)``.
+      indices: the input of each, in the fan-in axes taken together, ``(alive, k)``;
+        ascending in a row. uint8, uint16 or uint32, whichever is the smallest that
+        fits.
+      neurons: the active neurons, ascending, in the neuron axes taken together,
+        int32 ``(alive,)``.
+      dense_shape: shape of the dense array (of one layer, where layers are stacked).
+      neuron_axes: axes of the dense array that count neurons, from the end, ascending.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> weights = jnp.array([[0.0, 0.0, 2.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+      >>> small = formats.FanInArray.from_dense(weights)
+      >>> small
+      FanInArray(fan-in 1 of 3, 2 of 3 neurons, float32[3, 3], 18 bytes, 0.5 of dense)
+      >>> small.indices.tolist(), small.neurons.tolist()
+      ([[1], [0]], [0, 2])
+
+    Reference:
+      Condensed layers: Lasby, Golubeva, Evci, Nica and Ioannou, "Dynamic Sparse
+      Training with Structured Sparsity", 2024, arXiv 2305.02299.
+    """
+
+    values: Any
+    indices: Any
+    neurons: Any
+    dense_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    neuron_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def from_dense(
+        cls,
+        weights: FloatArray,
+        neuron_axes: tuple[int, ...] = (-1,),
+        mask: MaskArray | None = None,
+    ) -> "FanInArray":
+        """Compress an array.
+
+        Args:
+          weights: the dense array.
+          neuron_axes: axes that count neurons.
+          mask: active weights: each neuron has the same number of them, or none.
+            Default: those that are not zero, filled up to the largest number with
+            the lowest other inputs.
+
+        Returns:
+          The compressed array, of the same dtype.
+
+        Raises:
+          ValueError: the mask gives a neuron another number of active weights than the
+            others; a weight that is not active is not zero; or no neuron has an active
+            weight.
+          TypeError: the arrays are traced.
+        """
+        check_concrete("FanInArray.from_dense", weights, mask)
+        axes = tuple(sorted(as_axes(neuron_axes, weights.shape, "neuron_axes")))
+        given = mask is not None
+        mask = check_shape_of_mask(weights, mask)
+        rows, active = (_rows(array, axes) for array in (weights, mask))
+        counts = np.asarray(jnp.sum(active, axis=1, dtype=jnp.int32))
+        neurons = np.flatnonzero(counts)
+        if not neurons.size:
+            raise ValueError("no neuron has an active weight")
+        k = int(counts.max())
+        fewer = np.flatnonzero((counts > 0) & (counts < k))
+        if given and fewer.size:
+            raise ValueError(
+                f"neuron {fewer[0]} has {counts[fewer[0]]} active weights and neuron "
+                f"{counts.argmax()} has {k}; the fan-in must be constant"
+            )
+        # Active inputs first, then the lowest others; back in ascending order.
+        order = jnp.argsort(~active[neurons], axis=1, stable=True)[:, :k]
+        indices = jnp.sort(order, axis=1)
+        return cls(
+            jnp.take_along_axis(rows[neurons], indices, axis=1),
+            indices.astype(index_dtype(rows.shape[1])),
+            jnp.asarray(neurons, jnp.int32),
+            tuple(weights.shape),
+            tuple(axis - weights.ndim for axis in axes),
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array."""
+        return (*self.values.shape[:-2], *self.dense_shape)
+
+    @property
+    def fan_in(self) -> int:
+        """Number k of inputs of an active neuron."""
+        return self.values.shape[-1]
+
+    @property
+    def layout(self) -> str:
+        """What is stored, in words."""
+        total = math.prod(self.dense_shape[axis] for axis in self.neuron_axes)
+        inputs = math.prod(self.dense_shape) // max(1, total)
+        alive = self.values.shape[-2]
+        return f"fan-in {self.fan_in} of {inputs}, {alive} of {total} neurons"
+
+    def todense(self) -> FloatArray:
+        """Give the dense array."""
+        one = type(self).todense
+        if self.values.ndim > 2:  # a stack of layers
+            return jax.vmap(one)(self)
+        rank = len(self.dense_shape)
+        neurons = [rank + axis for axis in self.neuron_axes]
+        inputs = [axis for axis in range(rank) if axis not in neurons]
+        shape = tuple(self.dense_shape[axis] for axis in (*neurons, *inputs))
+        total = math.prod(shape[: len(neurons)])
+        rows = jnp.zeros((total, math.prod(shape[len(neurons) :])), self.values.dtype)
+        rows = rows.at[self.neurons[:, None], self.indices].set(
+            self.values, unique_indices=True
+        )
+        return rows.reshape(shape).transpose(np.argsort([*neurons, *inputs]).tolist())
+
+
+def index_dtype(count: int) -> Any:
+    """Give the smallest unsigned dtype for indices below a count.
+
+    Example:
+      >>> from nmjax.formats import fan_in
+      >>> fan_in.index_dtype(256).name, fan_in.index_dtype(257).name
+      ('uint8', 'uint16')
+    """
+    return np.dtype(next(t for t in ("u1", "u2", "u4") if count <= np.iinfo(t).max + 1))
+
+
+def _rows(array: Array, neuron_axes: tuple[int, ...]) -> Array:
+    """Bring neurons to the rows of a matrix, their inputs to its columns."""
+    inputs = [axis for axis in range(array.ndim) if axis not in neuron_axes]
+    neurons = math.prod(array.shape[axis] for axis in neuron_axes)
+    return array.transpose([*neuron_axes, *inputs]).reshape(neurons, -1)
