@@ -123,7 +123,7 @@ def make_rows(params: dict[str, Any], x: jax.Array, y: jax.Array) -> dict[str, R
         own = jax.tree.map(jnp.copy, params)
         start = time.perf_counter()
         state = jax.jit(tx.init)(own)
-        step = _step(tx, forward).lower(own, state, x, y).compile()
+        step = make_step(tx, forward).lower(own, state, x, y).compile()
         print(f"  {name:24s} compiled in {time.perf_counter() - start:5.1f} s")
         if name == "transposable":
             other = jax.tree.map(jnp.copy, (own, state))
@@ -134,7 +134,9 @@ def make_rows(params: dict[str, Any], x: jax.Array, y: jax.Array) -> dict[str, R
     return rows
 
 
-def _step(tx: Any, forward: Callable[..., Any]) -> Any:
+def make_step(tx: Any, forward: Callable[..., Any]) -> Any:
+    """Jit a training step that donates params and state."""
+
     def step(params, state, x, y):
         def loss_of(params):
             return ((apply(forward(params, state), x) - y) ** 2).mean()
