@@ -24,7 +24,6 @@ from nmjax.paths import is_masked
 
 RATE = 0.1
 STEPS = 4
-PLANNED: Any = {"hidden.*kernel": nm.NM(2, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +37,9 @@ class Case:
       build: makes a whole optimizer of the stage.
       forward: the params that the model computes with.
       static: arguments that `optax.inject_hyperparams` must leave alone.
+      pattern: what the hidden kernel holds.
+      only_chooses: the case differs from "rigl" in how it chooses masks and in nothing
+        else, so that only tests that are marked with `chooses` run it.
     """
 
     factory: Callable[..., Any]
@@ -48,6 +50,11 @@ class Case:
     )
     forward: Callable[..., Any] = lambda params, plan, state: nm.sparsify(params, plan)
     static: tuple[str, ...] = ()
+    pattern: Any = nm.NM(2, 4)
+    only_chooses: bool = False
+
+    def plan(self, params, **options):
+        return nm.plan(params, {"(hidden/|^)kernel": self.pattern}, **options)
 
     def optimizer(self, plan):
         return self.build(self.factory(plan, **self.hyperparameters, **self.other))
@@ -65,6 +72,10 @@ def phased(params, plan, state):
     return nm.sparsify(params, plan, active=nm.sparse_phase(state))
 
 
+def held(params, plan, state):
+    return params
+
+
 def growing(plan, drop_fraction, total_steps, delta_t):
     inner = optax.sgd(RATE, momentum=0.9)
     return nm.rigl(
@@ -73,6 +84,19 @@ def growing(plan, drop_fraction, total_steps, delta_t):
         drop_fraction=drop_fraction,
         total_steps=total_steps,
         delta_t=delta_t,
+    )
+
+
+def choosing(method, pattern=None, **arguments):
+    """Make the case of a method that holds masks, as rigl does."""
+    return Case(
+        lambda plan, **others: method(optax.sgd(RATE, momentum=0.9), plan, **others),
+        {},
+        arguments,
+        build=lambda method: method,
+        forward=held,
+        pattern=pattern or nm.NM(2, 4),
+        only_chooses=True,
     )
 
 
@@ -121,15 +145,36 @@ CASES = {
         {"drop_fraction": 0.5},
         {"total_steps": 6, "delta_t": 2},
         build=lambda method: method,
-        forward=lambda params, plan, state: params,
+        forward=held,
         static=("total_steps", "delta_t"),
     ),
+    "static": choosing(nm.static),
+    "set": choosing(nm.set_, key=jax.random.key(3), total_steps=6, delta_t=2),
+    "srigl": choosing(nm.srigl, nm.FanIn(0.5), total_steps=6, delta_t=2),
+    "one-shot": choosing(nm.one_shot, at=2),
+    "gradual": choosing(nm.gradual, nm.Unstructured(0.3), start=0, stop=3, every=1),
+    "progressive-nm": choosing(nm.progressive_nm, ladder={0: 3, 2: 2}),
 }
 
 
-@pytest.fixture(params=CASES)
-def name(request):
-    return request.param
+def chooses(test):
+    """Mark a test that depends on how masks are chosen."""
+    test.chooses = True
+    return test
+
+
+def compares_layers(test):
+    """Mark a test of one layer at a time, for which random growth draws otherwise."""
+    test.skips = "set"
+    return chooses(test)
+
+
+def pytest_generate_tests(metafunc):
+    if "name" in metafunc.fixturenames:
+        every = hasattr(metafunc.function, "chooses")
+        skips = getattr(metafunc.function, "skips", None)
+        names = [n for n, case in CASES.items() if every or not case.only_chooses]
+        metafunc.parametrize("name", [n for n in names if n != skips])
 
 
 @pytest.fixture
@@ -152,14 +197,14 @@ def random_params(seed=0):
 
 
 PARAMS = random_params()
-PLAN = nm.plan(PARAMS, PLANNED)
+PLAN = CASES["srste"].plan(PARAMS)
 GRADS = [random_params(100 + step) for step in range(STEPS)]
 INPUTS = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
 
 
 @functools.cache
 def optimizer(name):
-    return CASES[name].optimizer(PLAN)
+    return CASES[name].optimizer(CASES[name].plan(PARAMS))
 
 
 @functools.cache
@@ -199,11 +244,14 @@ def assert_equal(got, expected, rtol=2e-5):
     assert treedef == other_treedef
     for leaf, other in zip(leaves, others, strict=True):
         assert leaf.dtype == other.dtype
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf, other = jax.random.key_data(leaf), jax.random.key_data(other)
         np.testing.assert_allclose(
             np.asarray(leaf), np.asarray(other), rtol=rtol, atol=1e-6
         )
 
 
+@chooses
 def test_jitted_equals_eager(name):
     tx = optimizer(name)
     got = run(functools.partial(step, tx), PARAMS, tx.init(PARAMS), GRADS)
@@ -218,6 +266,7 @@ def test_stage_of_a_longer_chain(name):
     assert_equal((params, state[1]), reference(name))
 
 
+@chooses
 @pytest.mark.usefixtures("standard")
 def test_multi_steps_equal_the_mean_gradient_in_one_step(name):
     tx = optax.MultiSteps(optimizer(name), 2)
@@ -275,6 +324,7 @@ def test_apply_if_finite_skips_a_bad_step(name):
     assert_equal((params, state.inner_state), reference(name))
 
 
+@chooses
 def test_vmap_over_seeds_equals_a_loop(name):
     tx = optimizer(name)
     seeds = [random_params(seed) for seed in (0, 7)]
@@ -314,6 +364,7 @@ def test_rematerialised_loss_has_the_same_gradient(name):
     assert (plain["hidden"]["kernel"] != 0).any()
 
 
+@chooses
 def test_bfloat16_params_keep_their_dtypes(name):
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), (PARAMS, GRADS[0]))
     tx = optimizer(name)
@@ -324,6 +375,7 @@ def test_bfloat16_params_keep_their_dtypes(name):
     assert kinds[0] == kinds[1]
 
 
+@chooses
 def test_state_can_be_donated(name):
     tx = optimizer(name)
     donating = jax.jit(functools.partial(step, tx), donate_argnums=(0, 1))
@@ -331,14 +383,15 @@ def test_state_can_be_donated(name):
     assert_equal(run(donating, params, tx.init(params), GRADS), reference(name))
 
 
+@compares_layers
 def test_layers_of_a_stack_are_transformed_one_by_one(name):
     names = ("kernel", "bias")
     layers = [{k: random_params(seed)["hidden"][k] for k in names} for seed in (0, 7)]
     grads = [[{k: g["hidden"][k] for k in names} for g in GRADS]] * 2
     stack = stacked(*layers)
     case = CASES[name]
-    tx = case.optimizer(nm.plan(stack, {"kernel": nm.NM(2, 4)}, stacked="kernel"))
-    one = case.optimizer(nm.plan(layers[0], {"kernel": nm.NM(2, 4)}))
+    tx = case.optimizer(case.plan(stack, stacked="kernel"))
+    one = case.optimizer(case.plan(layers[0]))
     got, _ = run(
         jax.jit(functools.partial(step, tx)),
         stack,
@@ -396,12 +449,14 @@ def test_train_state_applies_gradients(name):
     CASES[name].forward(state.params, PLAN, state)
 
 
+@chooses
 def test_update_without_params_is_an_error(name):
     tx = optimizer(name)
     with pytest.raises(ValueError, match=r"nm\.\w+ needs the params: call tx.update"):
         tx.update(GRADS[0], tx.init(PARAMS))
 
 
+@chooses
 def test_plan_of_other_params_is_an_error(name):
     tx = optimizer(name)
     renamed = {"encoder": PARAMS["hidden"], "head": PARAMS["head"]}
@@ -411,9 +466,9 @@ def test_plan_of_other_params_is_an_error(name):
     with pytest.raises(ValueError, match=r"'hidden/kernel' has shape \(8, 4\), the pl"):
         tx.init(reshaped)
     with pytest.raises(ValueError, match="'encoder/.*' is not in the plan"):
-        stage = CASES[name].factory(
-            PLAN, **CASES[name].hyperparameters, **CASES[name].other
-        )
+        case = CASES[name]
+        plan = case.plan(PARAMS)
+        stage = case.factory(plan, **case.hyperparameters, **case.other)
         stage.update(renamed, stage.init(PARAMS), renamed)
 
 
@@ -444,6 +499,7 @@ def test_map_params_finds_the_parts_shaped_like_params(name):
         assert (mark == "param") == (leaf.ndim > 0 and leaf.shape != (2,))
 
 
+@chooses
 def test_traces_under_an_explicit_mesh_and_keeps_shardings(name):
     mesh = jax.make_mesh((2, 2), ("in", "out"), axis_types=(AxisType.Explicit,) * 2)
     specs = {
@@ -473,9 +529,9 @@ def test_boxed_params_are_transformed_as_plain_ones(name):
 
     boxed = box(PARAMS)
     case = CASES[name]
-    tx = case.optimizer(nm.plan(boxed, PLANNED))
+    tx = case.optimizer(case.plan(boxed))
     assert tuple(leaf.path for leaf in PLAN.leaves) == tuple(
-        leaf.path for leaf in nm.plan(boxed, PLANNED).leaves
+        leaf.path for leaf in case.plan(boxed).leaves
     )
     params, _ = run(
         jax.jit(functools.partial(step, tx)),

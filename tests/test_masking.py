@@ -407,3 +407,16 @@ def test_empty_arrays_have_empty_masks():
         assert nm.block_mask(scores, 0, (2, 1)).shape == shape
         assert nm.channel_mask(scores, 0).shape == shape
         assert nm.global_topk_mask([scores], 0)[0].shape == shape
+
+
+def test_slices_with_and_without_ties_are_chosen_together():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(600, 6)).astype(np.float32)
+    scores[:, 1], scores[:, 3] = 1.0, np.round(scores[:, 3])  # ties over many indices
+    scores[300:, 4] = 2.0
+    for k in (0, 1, 299, 420, 600):
+        mask = np.asarray(nm.topk_mask(jnp.asarray(scores), k, axis=0))
+        order = np.argsort(-scores, axis=0, kind="stable")
+        expected = np.zeros(scores.shape, bool)
+        np.put_along_axis(expected, order[:k], True, axis=0)
+        np.testing.assert_array_equal(mask, expected)

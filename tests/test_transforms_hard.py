@@ -158,6 +158,42 @@ def test_masks_keep_their_counts_and_params_follow(method):
         assert (masks["a"].reshape(4, 4, 8).sum(1) == 2).all()
 
 
+ONE = optax.GradientTransformation(
+    lambda params: optax.TraceState(jax.tree.map(jnp.ones_like, params)),
+    lambda u, s, p=None: (u, optax.TraceState(jax.tree.map(lambda m: m + 1, s.trace))),
+)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.chain(optax.centralize(), optax.sgd(0.1, momentum=0.9)),
+        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
+        optax.adagrad(0.1),
+        ONE,
+    ],
+    ids=["centralized", "decayed", "adagrad", "counting"],
+)
+def test_moments_that_leave_zero_are_reset_from_params_that_were_dense(inner):
+    tx, _, _ = build("rigl", inner)
+    params = random_params(3)  # not sparse: the first update makes them so
+    for now, state in run(tx, params, steps=4):
+        mask = kernels(nm.masks(state))["a"]
+        assert (kernels(now)["a"][~mask] == 0).all()
+        moments = [x for x in jax.tree.leaves(state.inner) if x.shape == (16, 8)]
+        assert moments
+        for moment in moments:
+            assert (np.asarray(moment)[~mask] == 0).all()
+            assert (np.asarray(moment)[mask] != 0).any()
+
+
+def test_a_donated_state_leaves_the_key_of_the_method_alone():
+    tx, _, params = build("set_", optax.sgd(0.1))
+    step = jax.jit(lambda s, g, p: tx.update(g, s, p)[1], donate_argnums=0)
+    step(tx.init(params), params, params)
+    assert not tx.init(params).key.is_deleted()
+
+
 def test_grown_weights_start_at_zero_with_fresh_moments():
     tx, _, params = build("rigl", INNERS["adam"])
     [_, (_, before), (now, state)] = run(tx, params, steps=3)

@@ -156,7 +156,8 @@ def hold(
         growth = optax.MaskedNode()
         if decide.memory is not None:
             growth = params if empty else _zeros_where_held(params, masks)
-        key = optax.MaskedNode() if decide.key is None else decide.key
+        # A copy: who donates the state keeps the key that the method was made with.
+        key = optax.MaskedNode() if decide.key is None else jnp.copy(decide.key)
         count = jnp.zeros([], jnp.int32)
         return HeldState(count, masks, inner.init(params), growth, key)
 
