@@ -204,7 +204,7 @@ class Benchmark:
                 )
                 for count in (0, DELTA_T - 1)
             ]
-            note = self.verdict("bar 20 s to compile", compile_, 20.0)
+            note = self.verdict("bar 20 s to compile", compile_, 20.0) if plan else ""
             print(
                 f"{name:12}  {trace:7.2f}  {compile_:9.2f}  {1e3 * runs[0]:7.2f}  "
                 f"{1e3 * runs[1]:9.2f}  {note}".rstrip(),

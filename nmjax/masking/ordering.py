@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Integer, Shaped
 
@@ -146,7 +146,7 @@ def count_shards(x: Array, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def explicit_sharding(x: Array) -> Sharding | None:
+def explicit_sharding(x: Array) -> NamedSharding | None:
     """Give the sharding of an array on an Explicit mesh, None elsewhere.
 
     What is made from nothing, such as an index, is whole on every device otherwise.

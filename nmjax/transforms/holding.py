@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from nmjax.paths import is_masked
@@ -222,48 +223,56 @@ def _change(
     for group in [[i] for i in held] if topology.apart else [held]:
 
         def change(operands, group=group):
-            weights, steps, masks, signal, moments = operands
+            weights, steps, masks, signal = operands
             stepped = [w + step for w, step in zip(weights, steps, strict=True)]
             trees = (tree_of(group, leaves) for leaves in (stepped, masks, signal))
             tree = topology.change(state.count, use, *trees)
             leaves = matching_leaves(pairs, tree)
-            chosen = [leaves[i] for i in group]
-            kept = [
-                [clear(old & new, moment) for moment in of_leaf]
-                for old, new, of_leaf in zip(masks, chosen, moments, strict=True)
-            ]
-            return chosen, [jnp.zeros_like(s) for s in signal if forgets], kept
+            totals = [jnp.zeros_like(s) for s in signal if forgets]
+            return [leaves[i] for i in group], totals
 
         def keep(operands):
-            _, _, masks, signal, moments = operands
-            return masks, [s for s in signal if forgets], moments
+            _, _, masks, signal = operands
+            return masks, [s for s in signal if forgets]
 
         for i in group:
             # The condition needs the updates as arrays: do not compute them twice.
-            steps[i] = jax.lax.optimization_barrier(steps[i])
-        operands = (
-            *([column[i] for i in group] for column in (weights, steps, masks, signal)),
-            [[inner_leaves[place] for place in places[i]] for i in group],
-        )
-        if due is True:
-            chosen, totals, moments = change(operands)
-        else:
-            chosen, totals, moments = jax.lax.cond(due, change, keep, operands)
-        for i, mask, of_leaf in zip(group, chosen, moments, strict=True):
+            steps[i] = lax.optimization_barrier(steps[i])
+        columns = (weights, steps, masks, signal)
+        operands = tuple([column[i] for i in group] for column in columns)
+        chosen, totals = _if(due, change, keep, operands)
+        for i, mask in zip(group, chosen, strict=True):
             masks[i] = mask
             steps[i] = select(mask, steps[i], 0 - weights[i])
-            for place, moment in zip(places[i], of_leaf, strict=True):
+            # Grown weights had no moments: only those of dropped ones remain.
+            moments = mask, [inner_leaves[place] for place in places[i]]
+            moments = _if(due, _clear_all, lambda operands: operands[1], moments)
+            for place, moment in zip(places[i], moments, strict=True):
                 inner_leaves[place] = moment
         for i, total in zip(group, totals, strict=False):
             signal[i] = total
 
     key = state.key
     if not is_masked(key):
-        key = jax.lax.cond(due, lambda: next_key, lambda: state.key)
+        key = _if(due, lambda _: next_key, lambda _: state.key, ())
     steps, masks = (jax.tree.unflatten(treedef, leaves) for leaves in (steps, masks))
     growth = jax.tree.unflatten(treedef, signal) if forgets else state.growth
     inner_state = jax.tree.unflatten(inner_def, inner_leaves)
     return steps, HeldState(state.count, masks, inner_state, growth, key)
+
+
+def _if(
+    due: Bool[Array, ""] | bool,
+    change: Callable[[Any], Any],
+    keep: Callable[[Any], Any],
+    operands: Any,
+) -> Any:
+    return change(operands) if due is True else lax.cond(due, change, keep, operands)
+
+
+def _clear_all(operands: tuple[Array, list[Array]]) -> list[Array]:
+    mask, moments = operands
+    return [clear(mask, moment) for moment in moments]
 
 
 def _zeros_where_held(params: Params, masks: Masks) -> PyTree:
