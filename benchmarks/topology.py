@@ -8,8 +8,9 @@ Three tables, and the bars that a release must keep:
 - a tree of 100 leaves: the time to compile ``tx.update`` of Adam inside `nm.rigl` and
   `nm.srigl`, at most 20 s;
 - a training step on a stack of MLP blocks: dense, without and with a change of
-  topology, and the mean of a change every 100 steps, at most 3 % more than dense; and
-  the memory of the step, at most 1.3 times that of the dense one.
+  topology, and the mean of a change every 100 steps, at most 3 % more than dense;
+  "alone" is the step of a training that jits two (``topology=False``), which has no
+  condition; and the memory of the step, at most 1.3 times that of the dense one.
 
     python benchmarks/topology.py --json benchmarks/results/topology_cpu.json
     python benchmarks/topology.py --only step --tokens 512 2048
@@ -243,22 +244,28 @@ class Benchmark:
             if plan is None:
                 rows[name] = train_step.Row(compiled, own, state)
                 continue
-            other = jax.tree.map(jnp.copy, (own, state))
+            other, third = (jax.tree.map(jnp.copy, (own, state)) for _ in range(2))
             rows[f"{name}, kept"] = Row(compiled, own, state, count=0)
             rows[f"{name}, changed"] = Row(compiled, *other, count=DELTA_T - 1)
+            # The step that a training takes which jits two: one without a condition.
+            never = tx._replace(update=partial(tx.update, topology=False))
+            alone = train_step.make_step(never, lambda params, state: params)
+            alone = alone.lower(*third, x, y).compile()
+            rows[f"{name}, kept, alone"] = Row(alone, *third, count=0)
         train_step.measure(rows, x, y, self.options.repeats)
         times = {name: (np.array(r.wall), np.array(r.cpu)) for name, r in rows.items()}
         for name in peaks:
             if name == "dense":
                 continue
-            kept, changed = times[f"{name}, kept"], times[f"{name}, changed"]
-            wall, cpu = (
-                (k * (DELTA_T - 1) + c) / DELTA_T
-                for k, c in zip(kept, changed, strict=True)
-            )
-            times[f"{name}, mean of {DELTA_T}"] = wall, cpu
+            for kind in ("", ", alone"):
+                kept, changed = times[f"{name}, kept{kind}"], times[f"{name}, changed"]
+                wall, cpu = (
+                    (k * (DELTA_T - 1) + c) / DELTA_T
+                    for k, c in zip(kept, changed, strict=True)
+                )
+                times[f"{name}, mean of {DELTA_T}{kind}"] = wall, cpu
         wall_dense, cpu_dense = times["dense"]
-        print(f"{'':20}  {'ms':>8}  {'ratio':>6}  {'quartiles':>13}  {'CPU':>6}")
+        print(f"{'':26}  {'ms':>8}  {'ratio':>6}  {'quartiles':>13}  {'CPU':>6}")
         for name, (wall, cpu) in times.items():
             low, middle, high = np.quantile(wall / wall_dense, [0.25, 0.5, 0.75])
             cpu_ratio = float(np.median(cpu / cpu_dense))
@@ -267,7 +274,7 @@ class Benchmark:
                 note = self.verdict("bar 1.03", middle, 1.03)
             spread = f"{low:.3f}-{high:.3f}"
             print(
-                f"{name:20}  {1e3 * np.median(wall):8.1f}  {middle:6.3f}  "
+                f"{name:26}  {1e3 * np.median(wall):8.1f}  {middle:6.3f}  "
                 f"{spread:>13}  {cpu_ratio:6.3f}  {note}".rstrip(),
                 flush=True,
             )
