@@ -167,7 +167,9 @@ class Trainer:
             fit = functools.partial(self.fit, part="early", last=first)
             state, _ = fit(run, seed, params, stats, self.recipe(run).optimizer)
             params, stats = state.params, state.batch_stats
-        rewind = run_once(functools.partial(nm.rewind, prune=recipe.prune))
+        rewind = run_once(
+            functools.partial(nm.rewind, prune=recipe.prune, scope="global")
+        )
         sgd = make_sgd(self.settings, self.steps, self.epoch, first)
         early, alive, optimizer = params, recipe.plan, recipe.optimizer
         spent = 0.0

@@ -200,7 +200,7 @@ def rigl(task: Task) -> Recipe:
 
 
 def lottery(task: Task) -> Recipe:
-    """Train, prune at most 20 % of the alive weights, rewind; repeat.
+    """Train, prune at most 20 % of the alive weights of all layers, rewind; repeat.
 
     Every round prunes the same fraction, so that the last one ends at the sparsity.
     """
