@@ -12,6 +12,7 @@ from nmjax.budgets import Block, Channel, FanIn, Unstructured
 from nmjax.distributions import er, erk, global_, uniform
 from nmjax.formats import compress, decompress
 from nmjax.initial import sparse_init
+from nmjax.kernels import backends, matmul
 from nmjax.lottery import rewind
 from nmjax.masking import (
     block_mask,
@@ -63,6 +64,7 @@ __all__ = [
     "Unstructured",
     "active_neurons",
     "apply_masks",
+    "backends",
     "block_mask",
     "channel_mask",
     "compress",
@@ -76,6 +78,7 @@ __all__ = [
     "gradual",
     "group_lasso",
     "masks",
+    "matmul",
     "nm_mask",
     "one_shot",
     "plan",

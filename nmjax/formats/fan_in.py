@@ -137,10 +137,17 @@ class FanInArray(Compressed):
         inputs = [axis for axis in range(rank) if axis not in neurons]
         shape = tuple(self.dense_shape[axis] for axis in (*neurons, *inputs))
         total = math.prod(shape[: len(neurons)])
-        rows = jnp.zeros((total, math.prod(shape[len(neurons) :])), self.values.dtype)
-        rows = rows.at[self.neurons[:, None], self.indices].set(
-            self.values, unique_indices=True
-        )
+        length = math.prod(shape[len(neurons) :])
+
+        def row(values: Array, indices: Array) -> Array:
+            zeros = jnp.zeros_like(values, shape=(length,))
+            return zeros.at[indices].set(values, unique_indices=True)
+
+        # Neuron by neuron, so that sharded neurons need no collective.
+        rows = jax.vmap(row)(self.values, self.indices)
+        if self.neurons.size < total:
+            zeros = jnp.zeros_like(rows, shape=(total, length))
+            rows = zeros.at[self.neurons].set(rows, unique_indices=True)
         return rows.reshape(shape).transpose(np.argsort([*neurons, *inputs]).tolist())
 
 

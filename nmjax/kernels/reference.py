@@ -1,0 +1,137 @@
+"""Products with compressed weights in plain XLA operations.
+
+Each function takes x ``(batch, K)`` and weights of dense shape ``(K, F)`` of the same
+dtype, adds up in float32 (float64 for float64) and returns ``(batch, F)`` in that
+dtype. `by_decompression` is the definition; the others compute the same sums in another
+order.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from nmjax.formats import BlockArray, Compressed, FanInArray
+from nmjax.masking.ordering import sum_dtype
+
+
+def by_decompression(
+    x: Float[Array, "batch K"], w: Compressed
+) -> Float[Array, "batch F"]:
+    """Decompress the weights and multiply.
+
+    Args:
+      x: inputs.
+      w: any compressed matrix.
+
+    Returns:
+      The product.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> from nmjax.kernels import reference
+      >>> w = formats.FanInArray.from_dense(jnp.array([[0.0, 2.0], [1.0, 0.0]]))
+      >>> reference.by_decompression(jnp.array([[3.0, 5.0]]), w).tolist()
+      [[5.0, 6.0]]
+    """
+    return multiply(x, w.todense())
+
+
+def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F"]:
+    r"""Add up one stored input of every neuron after the other.
+
+    .. math:: y_{bf} = \sum_{j < k} v_{fj} \, x_{b, i_{fj}}
+
+    Reads no dense weights. The inputs are transposed first, so that every step gathers
+    whole rows, one for each neuron.
+
+    Args:
+      x: inputs.
+      w: a matrix whose neurons are its columns.
+
+    Returns:
+      The product; zeros for ablated neurons.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> from nmjax.kernels import reference
+      >>> w = formats.FanInArray.from_dense(jnp.array([[0.0, 2.0], [0.0, 0.0]]))
+      >>> reference.by_slots(jnp.array([[3.0, 5.0]]), w).tolist()
+      [[0.0, 6.0]]
+
+    Reference:
+      Condensed layers: Lasby, Golubeva, Evci, Nica and Ioannou, "Dynamic Sparse
+      Training with Structured Sparsity", 2024, arXiv 2305.02299.
+    """
+    batch, outputs = x.shape[0], w.dense_shape[-1]
+    rows = x.T.astype(sum_dtype(x.dtype))
+
+    def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
+        values, indices = slot
+        # Indices were checked when the array was made.
+        gathered = rows.at[indices].get(mode="promise_in_bounds")
+        return total + values[:, None].astype(rows.dtype) * gathered, None
+
+    # Under shard_map, zeros like the rows vary over the axes that these do.
+    total = jnp.zeros_like(rows, shape=(w.values.shape[0], batch))
+    slots = (w.values.T, w.indices.T)
+    small = isinstance(batch, int) and batch < 32  # an exported batch may be symbolic
+    total, _ = lax.scan(add, total, slots, unroll=1 if small else 4)
+    total = total.astype(x.dtype)
+    if w.neurons.size < outputs:
+        total = (
+            jnp.zeros((outputs, batch), x.dtype)
+            .at[w.neurons]
+            .set(
+                total,
+                mode="promise_in_bounds",
+                unique_indices=True,
+                indices_are_sorted=True,
+            )
+        )
+    return total.T
+
+
+def by_blocks(x: Float[Array, "batch K"], w: BlockArray) -> Float[Array, "batch F"]:
+    """Multiply each stored block with its inputs, and add up those of an output.
+
+    Reads no dense weights.
+
+    Args:
+      x: inputs.
+      w: a matrix of blocks.
+
+    Returns:
+      The product.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> from nmjax.kernels import reference
+      >>> weights = jnp.array([[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+      >>> w = formats.BlockArray.from_dense(weights, outputs=2, inputs=1)
+      >>> reference.by_blocks(jnp.array([[3.0, 5.0]]), w).tolist()
+      [[0.0, 0.0, 3.0, 6.0]]
+    """
+    _, inputs, outputs = w.values.shape
+    (batch, length), width = x.shape, w.dense_shape[-1]
+    pieces = x.reshape(batch, length // inputs, inputs).transpose(1, 0, 2)
+    gathered = pieces.at[w.rows].get(mode="promise_in_bounds")
+    products = jnp.einsum(
+        "nbi,nio->nbo", gathered, w.values, preferred_element_type=sum_dtype(x.dtype)
+    )
+    total = jax.ops.segment_sum(
+        products,
+        w.columns,
+        num_segments=width // outputs,
+        indices_are_sorted=True,
+        mode="promise_in_bounds",
+    )
+    return total.transpose(1, 0, 2).reshape(batch, width).astype(x.dtype)
+
+
+def multiply(x: Array, w: Array) -> Array:
+    """Multiply dense matrices or stacks; add up in float32 or wider, keep x's dtype."""
+    return jnp.matmul(x, w, preferred_element_type=sum_dtype(x.dtype)).astype(x.dtype)

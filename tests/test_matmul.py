@@ -1,0 +1,374 @@
+"""Matmuls with compressed weights: values, derivatives, transformations, errors."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import nmjax as nm
+from nmjax import formats
+from nmjax.kernels import dispatch, reference
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+K, F = 16, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compile with few optimisations: that is where these tests spend their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def normal(seed, shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+@functools.cache
+def make(kind, seed=0, dtype=jnp.float32, shape=(K, F)):
+    weights = normal(seed, shape, dtype)
+    if kind.startswith("nm"):
+        axis = -1 if kind == "nm over outputs" else -2
+        kept = jnp.where(nm.nm_mask(weights, 2, 4, axis), weights, 0)
+        return formats.NMArray.from_dense(kept, 2, 4, axis)
+    if kind.startswith("fan_in"):
+        axes = (0,) if kind == "fan_in over outputs" else (-1,)
+        mask = nm.fan_in_mask(weights, 3, axes)
+        if kind == "fan_in ablated":
+            mask = mask.at[:, jnp.array([1, 5])].set(False)
+        kept = jnp.where(mask, weights, 0)
+        return formats.FanInArray.from_dense(kept, axes, mask)
+    mask = nm.block_mask(jnp.abs(weights), 5, (4, 2))
+    return formats.BlockArray.from_dense(jnp.where(mask, weights, 0), 2, 4)
+
+
+KINDS = ["nm", "fan_in", "fan_in ablated", "block"]
+OVER = ["nm over outputs", "fan_in over outputs"]
+
+
+@functools.cache
+def stack_of(kind, count=3):
+    layers = [make(kind, seed) for seed in range(count)]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+
+
+def with_values(w, values):
+    return dataclasses.replace(w, values=values)
+
+
+def dense_matmul(x, w):
+    return x @ w.todense()
+
+
+@jax.jit
+def densify(w):
+    return w.todense()
+
+
+def as_float64(array):
+    return np.asarray(array).astype(np.float64)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    for one, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(
+            as_float64(one), as_float64(other), rtol=tolerance, atol=tolerance
+        )
+
+
+# Values and gradients ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*itertools.product(KINDS, DTYPES), *((kind, jnp.float32) for kind in OVER)],
+)
+def test_products_and_gradients_equal_dense_ones(kind, dtype):
+    w = make(kind, dtype=dtype)
+    shapes = [(K,), (2, 3, K), (40, K), (0, K)]
+    xs = [normal(i, shape, dtype) for i, shape in enumerate(shapes)]
+    dys = [normal(9, (*shape[:-1], F), dtype) for shape in shapes]
+
+    @jax.jit
+    def run(xs, values):
+        out = []
+        for x, dy in zip(xs, dys, strict=True):
+            y, pull = jax.vjp(lambda x, v: nm.matmul(x, with_values(w, v)), x, values)
+            out.append((y, *pull(dy)))
+        return out
+
+    dense = as_float64(densify(w))
+    stored = as_float64(densify(with_values(w, jnp.ones_like(w.values))))
+    tolerance = 2 * float(jnp.finfo(dtype).eps) + 1e-5
+    found = run(xs, w.values)
+    for x, dy, (y, dx, dvalues) in zip(xs, dys, found, strict=True):
+        assert (y.dtype, dx.dtype, dvalues.dtype) == (dtype,) * 3
+        assert y.shape == dy.shape and dx.shape == x.shape
+        x, dy = as_float64(x), as_float64(dy)
+        np.testing.assert_allclose(as_float64(y), x @ dense, tolerance, tolerance)
+        np.testing.assert_allclose(as_float64(dx), dy @ dense.T, tolerance, tolerance)
+        outer = x.reshape(-1, K).T @ dy.reshape(-1, F)
+        dw = as_float64(densify(with_values(w, dvalues)))
+        np.testing.assert_allclose(dw, outer * stored, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        *[(kind, reference.by_decompression) for kind in (*KINDS, *OVER)],
+        ("fan_in", reference.by_slots),
+        ("fan_in ablated", reference.by_slots),
+        ("block", reference.by_blocks),
+    ],
+)
+def test_every_form_computes_the_product(kind, form, batch):
+    x, w = normal(1, (batch, K)), make(kind)
+    assert_close(jax.jit(form)(x, w), as_float64(x) @ as_float64(densify(w)))
+
+
+def test_ablated_neurons_give_zeros():
+    y = nm.matmul(normal(1, (4, K)), make("fan_in ablated"))
+    assert (y[:, jnp.array([1, 5])] == 0).all() and (y != 0).sum() == 4 * (F - 2)
+
+
+def test_arrays_without_blocks_give_zeros():
+    w = formats.BlockArray.from_dense(jnp.zeros((K, F)), 2, 4)
+    for form in (nm.matmul, reference.by_decompression):
+        assert form(normal(1, (3, K)), w).tolist() == [[0.0] * F] * 3
+
+
+def test_sums_are_float32():
+    # From 256 on, bfloat16 cannot count: 256 + 1 is 256.
+    ones = jnp.ones((1024, 2), jnp.bfloat16)
+    kept = jnp.where(nm.nm_mask(ones, 2, 4), ones, 0)
+    fan_in = jnp.where(jnp.arange(2048)[:, None] < 512, jnp.ones((2048, 2)), 0)
+    fan_in = fan_in.astype(jnp.bfloat16)
+    for w in (
+        formats.NMArray.from_dense(kept, 2, 4),
+        formats.FanInArray.from_dense(fan_in),
+        formats.BlockArray.from_dense(fan_in, 1, 4),
+        fan_in,
+    ):
+        y = nm.matmul(jnp.ones((1, w.shape[0]), jnp.bfloat16), w)
+        assert y.dtype == jnp.bfloat16 and y.tolist() == [[512.0, 512.0]]
+
+
+def test_dense_weights_are_multiplied_too():
+    x, w = normal(0, (2, 3, K)), normal(1, (K, F))
+    assert_close(nm.matmul(x, w), jnp.einsum("abk,kf->abf", x, w))
+    half = x.astype(jnp.bfloat16)
+    assert nm.matmul(half, w.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_second_order_and_forward_mode(kind):
+    x, w = normal(1, (2, K)), make(kind)
+
+    def derivatives(matmul):
+        def loss(x, values):
+            return jnp.sum(jnp.sin(matmul(x, with_values(w, values))))
+
+        hessian = jax.hessian(loss, (0, 1))(x, w.values)
+        return hessian, jax.jvp(loss, (x, w.values), (x, w.values))
+
+    assert_close(
+        jax.jit(lambda: derivatives(nm.matmul))(),
+        jax.jit(lambda: derivatives(dense_matmul))(),
+    )
+
+
+def test_integer_leaves_have_no_gradient():
+    w, x = make("nm"), normal(1, (2, K))
+    grads = jax.grad(lambda w: jnp.sum(nm.matmul(x, w)), allow_int=True)(w)
+    assert grads.codes.dtype == jax.dtypes.float0
+    assert grads.values.shape == w.values.shape
+
+
+# Transformations --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_over_inputs_weights_and_both(kind):
+    stack, one = stack_of(kind), make(kind)
+    few, many = normal(1, (2, K)), normal(2, (3, 2, K))
+    cases = [(many, one, (0, None)), (few, stack, (None, 0)), (many, stack, (0, 0))]
+    cases.append((many.transpose(1, 2, 0), one, (2, None)))  # not the leading axis
+
+    def run(matmul):
+        def loss(values, x, w, axes):
+            mapped = jax.vmap(matmul, axes)(x, with_values(w, values))
+            return jnp.sum(jnp.sin(mapped)), mapped
+
+        return [
+            jax.grad(loss, (0, 1), has_aux=True)(w.values, x, w, axes)
+            for x, w, axes in cases
+        ]
+
+    found = jax.jit(lambda: run(nm.matmul))()
+    assert_close(found, jax.jit(lambda: run(dense_matmul))())
+    seeds = jax.tree.map(lambda part: jnp.stack([part, part]), stack)  # a stack of two
+    twice = jax.vmap(jax.vmap(nm.matmul, (None, 0)), (None, 0))(few, seeds)
+    assert_close(twice[1], found[1][1])
+    over = jax.vmap(jax.vmap(nm.matmul), (0, None))(jnp.stack([many, many]), stack)
+    assert_close(over[1], found[2][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_scan_with_rematerialisation(kind):
+    layers = [make(kind, seed, shape=(8, 8)) for seed in range(3)]
+    stack = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+
+    def gradients(matmul):
+        @jax.checkpoint
+        def layer(x, w):
+            return jnp.tanh(matmul(x, w)), None
+
+        def loss(x, values):
+            return jnp.sum(lax.scan(layer, x, with_values(stack, values))[0])
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(
+            normal(1, (2, 8)), stack.values
+        )
+
+    assert_close(gradients(nm.matmul), gradients(dense_matmul))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shard_map_sums_gradients_over_replicas(kind):
+    w, x = make(kind), normal(1, (8, K))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def loss(x, values):
+        return jnp.sum(jnp.sin(nm.matmul(x, with_values(w, values))))
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P()), out_specs=P()
+    )
+    def sharded(x, values):
+        return lax.psum(loss(x, values), "data")
+
+    found = jax.jit(jax.value_and_grad(sharded, (0, 1)))(x, w.values)
+    assert_close(found, jax.value_and_grad(loss, (0, 1))(x, w.values))
+
+
+def test_programs_are_exported_to_every_platform():
+    tree = {kind: make(kind, shape=(8, 8)) for kind in KINDS}
+    x = normal(5, (3, 8))
+
+    @jax.jit
+    def apply(tree, x):
+        for kind in KINDS:
+            x = nm.matmul(x, tree[kind])
+        return x
+
+    exported = export.export(apply, platforms=["cpu", "cuda", "tpu"])(tree, x)
+    again = export.deserialize(exported.serialize())
+    assert_close(again.call(tree, x), apply(tree, x))
+
+
+def test_exported_batches_may_be_symbolic():
+    tree = {kind: make(kind, shape=(8, 8)) for kind in KINDS}
+
+    @jax.jit
+    def apply(tree, x):
+        return [nm.matmul(x, tree[kind]) for kind in KINDS]
+
+    shape = export.symbolic_shape("batch, 3, 8")
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    exported = export.export(apply, platforms=["cpu", "cuda"])(tree, x)
+    x = normal(5, (2, 3, 8))
+    assert_close(exported.call(tree, x), [dense_matmul(x, tree[k]) for k in KINDS])
+
+
+def test_platforms_have_their_own_lowering():
+    w, x = make("fan_in", shape=(64, 8)), normal(1, (4, 64))
+
+    def loops(platform):
+        exported = export.export(jax.jit(nm.matmul), platforms=[platform])(x, w)
+        return "stablehlo.while" in exported.mlir_module()
+
+    assert loops("cpu") and not loops("cuda") and not loops("tpu")
+
+
+@pytest.mark.parametrize(
+    ("batch", "fan_in", "slots"),
+    [(1, 20, True), (16, 20, False), (16, 8, True), (64, 20, True), (64, 40, False)],
+)
+def test_form_of_fan_in_follows_batch_and_density(batch, fan_in, slots):
+    weights = jnp.where(jnp.arange(64)[:, None] < fan_in, 1.0, jnp.zeros((64, 8)))
+    w = formats.FanInArray.from_dense(weights)
+    jaxpr = str(jax.make_jaxpr(dispatch.on_cpu)(jnp.ones((batch, 64)), w))
+    assert ("scan" in jaxpr) == slots
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "dense"), [(1, 1, False), (64, 1, True), (64, 16, False)]
+)
+def test_form_of_blocks_follows_batch_and_size(batch, size, dense):
+    weights = jnp.where(jnp.arange(64)[:, None] < 16, 1.0, jnp.zeros((64, 32)))
+    w = formats.BlockArray.from_dense(weights, size, size)
+    jaxpr = str(jax.make_jaxpr(dispatch.on_cpu)(jnp.ones((batch, 64)), w))
+    assert ("scatter-add" not in jaxpr) == dense
+
+
+# Arguments --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_shapes_are_refused(kind, unchecked):
+    w = make(kind)
+    with pytest.raises(ValueError, match=r"\(3, 12\) does not end in the K=16 of w"):
+        nm.matmul(normal(0, (3, F)), w)
+    with pytest.raises(ValueError, match=r"\(\) does not end in the K=16"):
+        nm.matmul(jnp.float32(1.0), w)
+    with pytest.raises(ValueError, match=r"\(3, 16, 12\), but must be a matrix \(K, F"):
+        nm.matmul(normal(0, (3, K)), stack_of(kind))
+
+
+def test_wrong_shapes_of_dense_weights_are_refused():
+    with pytest.raises(ValueError, match=r"\(3, 12\) does not end in the K=16 of w"):
+        nm.matmul(normal(0, (3, F)), normal(1, (K, F)))
+    with pytest.raises(ValueError, match="map over a stack of layers with jax.vmap"):
+        nm.matmul(normal(0, (3, K)), normal(1, (2, K, F)))
+
+
+def test_wrong_dtypes_are_refused(unchecked):
+    w = make("nm")
+    with pytest.raises(TypeError, match="x is bfloat16 and w float32, but .* same"):
+        nm.matmul(normal(0, (3, K), jnp.bfloat16), w)
+    with pytest.raises(TypeError, match=r"x of shape \(3, 16\) has dtype int32"):
+        nm.matmul(jnp.ones((3, K), jnp.int32), w)
+    with pytest.raises(TypeError, match=r"w of shape \(16, 12\) has dtype int8"):
+        nm.matmul(normal(0, (3, K)), jnp.ones((K, F), jnp.int8))
+
+
+def test_implementations_that_cannot_serve_are_refused():
+    x, w = normal(0, (3, K)), make("nm")
+    assert_close(nm.matmul(x, w, implementation="xla"), nm.matmul(x, w))
+    with pytest.raises(NotImplementedError, match="no Pallas kernel for NMArray yet"):
+        nm.matmul(x, w, implementation="pallas")
+    with pytest.raises(ValueError, match="implementation='cuda' is not None, 'xla' or"):
+        nm.matmul(x, w, implementation="cuda")
+
+
+def test_backends_name_what_matmul_takes():
+    x, w = normal(0, (3, K)), make("nm")
+    found = nm.backends()
+    assert list(found) == ["cpu", "gpu", "tpu"]
+    for backend in found.values():
+        assert backend.reason
+        assert_close(
+            nm.matmul(x, w, implementation=backend.implementation), nm.matmul(x, w)
+        )
