@@ -1,20 +1,23 @@
-"""Train residual networks on CIFAR-10, dense and N:M sparse side by side.
+r"""Train residual networks on CIFAR-10, dense and sparse side by side.
 
 Without ``--data-dir`` the data are scikit-learn's 8x8 digits, which need no download.
 
     python examples/cifar10.py                       # digits, dense and 2:4 SR-STE
+    python examples/cifar10.py --method static rigl srigl --sparsity 90 95 99
     python examples/cifar10.py --data-dir data --method dense one_shot ste srste
 
 ``--data-dir`` is the folder of the official CIFAR-10 files, in the binary version
 (``data_batch_1.bin`` ...) or the Python version (``data_batch_1`` ...), or its parent.
-The recipe is the usual one of CIFAR-10: batches of 128, SGD with Nesterov momentum 0.9,
-weight decay 5e-4, a cosine schedule from a learning rate of 0.1, random crops of the
-image padded by 4, random flips.
+`recipes.py` has the methods, `image_options.py` the options and published recipes. On a
+GPU, this is the published comparison of dynamic sparse training, and it goes on where
+it was stopped (not run yet):
 
-``one_shot`` is the dense network of the same seed, pruned by magnitude after training.
+    python examples/cifar10.py --data-dir data --seeds 0 1 2 3 4 --resume \
+        --method dense static set rigl srigl srigl_noablation --sparsity 80 90 95 99
 
-Results, accuracy in %, mean and sample standard deviation of seeds 0, 1 and 2, on 2
-cores of an AMD EPYC with jax 0.10.2:
+Methods that ``--pattern`` gives the sparsity, 2:4. ``one_shot`` is the dense network of
+the same seed, pruned by magnitude after training. Accuracy in %, mean and sample
+standard deviation of seeds 0, 1 and 2, on 2 cores of an AMD EPYC with jax 0.10.2:
 
 ======== ============== ==============
 method   digits         CIFAR-10
@@ -31,7 +34,19 @@ CIFAR-10: the same with ``--data-dir DATA --model resnet10 --width 16 --epochs 2
 from JPEG copies. That is a small network and two epochs, not the recipe above; plain
 STE is ahead of SR-STE there.
 
-To add a method, write a function like `srste` below and name it in `METHODS`.
+Methods that ``--sparsity`` gives it. Digits, ``--width 32 --seeds 0 1 2 3 4``, 5
+seconds per training on one core; the dense network reaches 98.70 +- 0.29:
+
+================ ============= ============= ============= =============
+method           80 %          90 %          95 %          99 %
+================ ============= ============= ============= =============
+static           98.37 +- 0.51 98.04 +- 0.10 97.52 +- 0.52 58.00 +- 2.12
+set              98.26 +- 0.38 98.26 +- 0.28 97.78 +- 0.41 65.93 +- 2.19
+rigl             98.52 +- 0.23 98.30 +- 0.40 97.96 +- 0.35 85.41 +- 3.54
+srigl            98.74 +- 0.27 98.11 +- 0.38 97.44 +- 0.30 67.41 +- 2.78
+srigl_noablation 98.74 +- 0.27 98.11 +- 0.38 97.67 +- 0.41 53.44 +- 2.02
+gradual          98.33 +- 0.43 98.07 +- 0.55 97.74 +- 0.24 90.19 +- 0.92
+================ ============= ============= ============= =============
 """
 
 import functools
