@@ -141,7 +141,12 @@ class FanInArray(Compressed):
 
         def row(values: Array, indices: Array) -> Array:
             zeros = jnp.zeros_like(values, shape=(length,))
-            return zeros.at[indices].set(values, unique_indices=True)
+            return zeros.at[indices].set(
+                values,
+                mode="promise_in_bounds",
+                unique_indices=True,
+                indices_are_sorted=True,
+            )
 
         # Neuron by neuron, so that sharded neurons need no collective.
         rows = jax.vmap(row)(self.values, self.indices)
