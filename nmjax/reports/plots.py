@@ -186,13 +186,7 @@ def plot_comparison(
             legend = axis.legend(handles=handles, frameon=False, fontsize="small")
             for handle in legend.legend_handles:
                 handle.set_color("0.3")
-    figure.legend(
-        lines.values(),
-        lines.keys(),
-        loc="outside lower center",
-        ncols=min(len(lines), 3),
-        frameon=False,
-    )
+    legend_below(figure, lines, 3)
     return save(figure, path)
 
 
@@ -319,6 +313,17 @@ def _layer_legend(figure: Any, axes: Sequence[Any], panels: int, colours: Any) -
     bar.set_ticks(shown, labels=[labels[i] for i in shown], fontsize="small")
     bar.ax.invert_yaxis()
     bar.set_label("layer, first to last")
+
+
+def legend_below(figure: Any, lines: Mapping[str, Any], columns: int) -> None:
+    """Name the lines of all axes once, below them."""
+    figure.legend(
+        lines.values(),
+        lines.keys(),
+        loc="outside lower center",
+        ncols=min(len(lines), columns),
+        frameon=False,
+    )
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> Path:

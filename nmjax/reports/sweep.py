@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nmjax.reports.optional import require
-from nmjax.reports.plots import COLOURS, grid, save
+from nmjax.reports.plots import COLOURS, grid, legend_below, save
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """Marks of the groups, in order of appearance."""
@@ -89,11 +89,5 @@ def plot_sweep(
         axis.set_xlabel(x.replace("_", " "))
         axis.set_title(label)
         axis.grid(alpha=0.3)
-    figure.legend(
-        lines.values(),
-        lines.keys(),
-        loc="outside lower center",
-        ncols=min(len(lines), 4),
-        frameon=False,
-    )
+    legend_below(figure, lines, 4)
     return save(figure, path)
