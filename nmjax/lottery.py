@@ -9,10 +9,9 @@ from jaxtyping import Array
 
 from nmjax.masking import global_topk_mask
 from nmjax.paths import is_masked, named_leaves
-from nmjax.plans import Plan, map_planned, matching_leaves
-from nmjax.projection import apply_masks
-from nmjax.saliency import magnitude
-from nmjax.topology import drop_count, keep_largest
+from nmjax.plans import Plan, matching_leaves
+from nmjax.projection import apply_masks, keep_all
+from nmjax.topology import drop_count, keep_largest, score_active
 from nmjax.typing import Masks, Params
 
 
@@ -73,13 +72,7 @@ def rewind(
     if scope not in ("leaf", "global"):
         raise ValueError(f"scope={scope!r} must be 'leaf' or 'global'")
     if isinstance(alive, Plan):
-        alive = map_planned(
-            # From the weights, so that the mask inherits their sharding.
-            lambda _, p: jnp.isnan(p) | True,
-            alive,
-            trained,
-            otherwise=lambda _: optax.MaskedNode(),
-        )
+        alive = keep_all(trained, alive)
     pairs, treedef = named_leaves(trained)
     masks = dict(zip((p for p, _ in pairs), matching_leaves(pairs, alive), strict=True))
     held = {
@@ -103,8 +96,5 @@ def _keep_largest_of_all(
     """Keep the largest alive weights of all leaves together."""
     counts = [jnp.sum(mask, dtype=jnp.int32) for _, mask in held.values()]
     total = jnp.sum(jnp.stack(counts), dtype=jnp.int32)
-    scores = {
-        path: jnp.where(mask, magnitude(w), jnp.asarray(-1, w.dtype))
-        for path, (w, mask) in held.items()
-    }
+    scores = {path: score_active(w, mask) for path, (w, mask) in held.items()}
     return global_topk_mask(scores, total - drop_count(total, prune))

@@ -95,6 +95,35 @@ def compute_masks(params: Params, plan: Plan, scores: PyTree | None = None) -> M
     )
 
 
+def keep_all(params: Params, plan: Plan) -> Masks:
+    """Make masks that keep every weight, to prune from.
+
+    Args:
+      params: the tree that the plan was made for.
+      plan: its sparse leaves get a mask.
+
+    Returns:
+      A tree with the structure of `params`: bool arrays, all True, laid out as the
+      weights are, and `optax.MaskedNode()` for dense leaves.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import nmjax as nm
+      >>> from nmjax import projection
+      >>> params = {"kernel": jnp.zeros((2, 2))}
+      >>> plan = nm.plan(params, nm.Unstructured(), density=0.5)
+      >>> projection.keep_all(params, plan)["kernel"].tolist()
+      [[True, True], [True, True]]
+    """
+    return map_planned(
+        # From the weights, so that the mask inherits their sharding.
+        lambda _, weights: jnp.isnan(weights) | True,
+        plan,
+        params,
+        otherwise=lambda _: optax.MaskedNode(),
+    )
+
+
 def compete(
     plan: Plan,
     scores: Mapping[str, Array],

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from nmjax.masking import topk_mask
 from nmjax.masking.counting import count_true, select_highest
 from nmjax.masking.ordering import explicit_sharding, order_keys
+from nmjax.saliency import magnitude
 from nmjax.typing import FloatArray, MaskArray
 
 Fraction = float | int | Float[Array, ""]
@@ -72,7 +73,7 @@ def keep_largest(
     """
     active = _count(mask)
     dropped = drop_count(active, drop_fraction)
-    return topk_mask(_among(weights, mask), active - dropped), dropped
+    return topk_mask(score_active(weights, mask), active - dropped), dropped
 
 
 def regrow(
@@ -340,9 +341,17 @@ def _first_kept_then_grown(
     return jnp.where(kept, lowest + infinity + stay, grow)
 
 
-def _among(weights: FloatArray, mask: MaskArray) -> FloatArray:
-    """Score by magnitude, below every magnitude where the mask is False."""
-    return jnp.where(mask, jnp.abs(weights), jnp.asarray(-1, weights.dtype))
+def score_active(weights: FloatArray, mask: MaskArray) -> FloatArray:
+    """Score by magnitude, below every magnitude where the mask is False.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import topology
+      >>> weights, mask = jnp.array([-2.0, 3.0]), jnp.array([True, False])
+      >>> topology.score_active(weights, mask).tolist()
+      [2.0, -1.0]
+    """
+    return jnp.where(mask, magnitude(weights), jnp.asarray(-1, weights.dtype))
 
 
 def _check_shapes(weights: Array, mask: Array, grads: Array) -> None:

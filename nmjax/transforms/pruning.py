@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from nmjax.paths import is_masked, named_leaves
 from nmjax.patterns import NM
 from nmjax.plans import LeafPlan, Plan, map_planned
-from nmjax.projection import compete, compute_masks
+from nmjax.projection import compete, compute_masks, keep_all
 from nmjax.transforms.checks import check_at_least, check_is_plan
 from nmjax.transforms.holding import Memory, Optimizer, hold
 from nmjax.transforms.scoring import Saliency, Score
@@ -67,7 +67,7 @@ def one_shot(
     """
     check_at_least("at", at, 1)
     score = Score(plan, saliency, momentum)
-    return hold(inner, plan, _OneShot(plan, at, score), "nm.one_shot")
+    return hold(inner, plan, _OneShot(score, at), "nm.one_shot")
 
 
 def gradual(
@@ -157,7 +157,7 @@ def gradual(
                 "nm.progressive_nm for a ladder of n:m patterns"
             )
     score = Score(plan, saliency, momentum)
-    rise = _Gradual(plan, start, stop, every, shape, initial_density, score)
+    rise = _Gradual(score, start, stop, every, shape, initial_density)
     return hold(inner, plan, rise, "nm.gradual")
 
 
@@ -231,7 +231,7 @@ def progressive_nm(
     if any(b >= a for a, b in zip(counts, counts[1:], strict=False)):
         raise ValueError(f"the ladder {dict(ladder)} must fall from step to step")
     score = Score(plan, saliency, momentum)
-    rungs = _Ladder(plan, tuple(steps), tuple(counts), score)
+    rungs = _Ladder(score, tuple(steps), tuple(counts))
     return hold(inner, plan, rungs, "nm.progressive_nm")
 
 
@@ -248,13 +248,15 @@ sparsity."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _OneShot:
-    """Dense masks until one step, the plan's from then on."""
+class _Pruning:
+    """What all of them share: they start dense and prune by scores."""
 
-    plan: Plan
-    at: int
     score: Score
-    key: Any = None
+    key = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.score.plan
 
     @property
     def apart(self) -> bool:
@@ -265,7 +267,14 @@ class _OneShot:
         return self.score.memory
 
     def start(self, params: Params) -> Masks:
-        return _all_kept(self.plan, params)
+        return keep_all(params, self.plan)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OneShot(_Pruning):
+    """Dense masks until one step, the plan's from then on."""
+
+    at: int
 
     def due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
         return count == self.at
@@ -278,28 +287,14 @@ class _OneShot:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Gradual:
+class _Gradual(_Pruning):
     """Densities that fall from step to step."""
 
-    plan: Plan
     start_step: int
     stop: int
     every: int
     shape: str
     initial: float
-    score: Score
-    key: Any = None
-
-    @property
-    def apart(self) -> bool:
-        return self.plan.global_budget is None
-
-    @property
-    def memory(self) -> Memory | None:
-        return self.score.memory
-
-    def start(self, params: Params) -> Masks:
-        return _all_kept(self.plan, params)
 
     def due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
         regular = (count - self.start_step) % self.every == 0
@@ -352,25 +347,14 @@ class _Gradual:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Ladder:
+class _Ladder(_Pruning):
     """One n:m pattern after the other."""
 
-    plan: Plan
     steps: tuple[int, ...]
     counts: tuple[int, ...]
-    score: Score
-    key: Any = None
-
-    @property
-    def apart(self) -> bool:
-        return self.plan.global_budget is None
-
-    @property
-    def memory(self) -> Memory | None:
-        return self.score.memory
 
     def start(self, params: Params) -> Masks:
-        masks = _all_kept(self.plan, params)
+        masks = super().start(params)
         if self.steps[0] == 0:
             by_magnitude = Score(self.plan, None, 0.0)
             scores = by_magnitude(params, masks, params)
@@ -401,14 +385,3 @@ class _Ladder:
         return map_planned(
             one, self.plan, scores, otherwise=lambda *_: optax.MaskedNode()
         )
-
-
-def _all_kept(plan: Plan, params: Params) -> Masks:
-    """Make masks that keep everything, laid out as the params are."""
-    return map_planned(
-        # From the weights, so that the mask inherits their sharding.
-        lambda leaf, p: jnp.isnan(p) | True,
-        plan,
-        params,
-        otherwise=lambda *_: optax.MaskedNode(),
-    )
