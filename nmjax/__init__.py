@@ -9,10 +9,11 @@ from importlib.metadata import version as _version
 from typing import Any as _Any
 
 from nmjax.budgets import Block, Channel, FanIn, Unstructured
+from nmjax.compression import compress
 from nmjax.distributions import er, erk, global_, uniform
-from nmjax.formats import compress, decompress
+from nmjax.formats import decompress
 from nmjax.initial import sparse_init
-from nmjax.kernels import backends, matmul
+from nmjax.kernels import backends, conv_general_dilated, dot_general, matmul
 from nmjax.lottery import rewind
 from nmjax.masking import (
     block_mask,
@@ -69,7 +70,9 @@ __all__ = [
     "channel_mask",
     "compress",
     "compute_masks",
+    "conv_general_dilated",
     "decompress",
+    "dot_general",
     "er",
     "erk",
     "fan_in_mask",
@@ -109,7 +112,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    """Import `nmjax.nnx` when it is first used, so that flax is not needed before."""
-    if name == "nnx":
-        return _import_module("nmjax.nnx")
+    """Import the rooms for flax when they are first used: it is not needed before."""
+    if name in ("linen", "nnx"):
+        return _import_module(f"nmjax.{name}")
     raise AttributeError(f"module 'nmjax' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pickle
 
 import jax
@@ -111,9 +112,13 @@ def test_every_axis_and_dtype_makes_the_round_trip(shape, axis, dtype):
     weights = jnp.where(nm.nm_mask(weights, 2, 4, axis), weights, 0)
     small = formats.NMArray.from_dense(weights, 2, 4, axis)
     assert small.shape == shape and small.dtype == dtype
-    others = [d for i, d in enumerate(shape) if i != axis % len(shape)]
-    assert small.values.shape == (*others, shape[axis] // 2)
-    assert small.codes.shape == (*others, shape[axis] // 8)
+    # What counts outputs comes first, all that counts inputs last.
+    last = axis in (-1, len(shape) - 1)
+    behind = shape[:-1] if last else shape[axis % len(shape) + 1 :]
+    outputs = math.prod(behind)
+    inputs = weights.size // outputs
+    assert small.values.shape == (outputs, inputs // 2)
+    assert small.codes.shape == (outputs, inputs // 8)
     assert_same_bits(small.todense(), weights)
 
 

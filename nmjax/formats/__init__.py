@@ -3,7 +3,8 @@
 - `NMArray`: n of every m values along an axis, positions packed in bytes.
 - `FanInArray`: the same number of inputs for every active neuron.
 - `BlockArray`: whole blocks.
-- `compress` and `decompress`: whole trees of params, by plan or by masks.
+- `quantize`: integers or float8 with scales in place of the values.
+- `decompress`, `sizes`: whole trees of params, as `nmjax.compress` makes them.
 
 Each is a frozen dataclass registered as a pytree: its arrays are leaves, its shape and
 layout static. They pass through `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.export`,
@@ -14,15 +15,16 @@ from nmjax.formats.blocks import BlockArray
 from nmjax.formats.checks import Compressed
 from nmjax.formats.fan_in import FanInArray
 from nmjax.formats.grouped import NMArray
-from nmjax.formats.trees import compress, decompress, is_compressed, sizes
+from nmjax.formats.quantizing import quantize
+from nmjax.formats.trees import decompress, is_compressed, sizes
 
 __all__ = [
     "BlockArray",
     "Compressed",
     "FanInArray",
     "NMArray",
-    "compress",
     "decompress",
     "is_compressed",
+    "quantize",
     "sizes",
 ]

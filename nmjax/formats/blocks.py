@@ -34,6 +34,7 @@ class BlockArray(Compressed):
       rows: number of each block along the inputs, ``(blocks,)``.
       columns: number of each block along the outputs, ``(blocks,)``. Blocks are sorted
         by column, then by row. Both are uint8, uint16 or uint32.
+      scales: None, or a factor of each block of quantized values, ``(blocks, 1, 1)``.
       dense_shape: shape of the dense array.
       axis: axis that counts inputs, from the end.
 
@@ -49,6 +50,7 @@ class BlockArray(Compressed):
     """
 
     values: Any
+    scales: Any
     rows: Any
     columns: Any
     dense_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -104,6 +106,7 @@ class BlockArray(Compressed):
         columns, rows = np.nonzero(some)
         return cls(
             blocks[columns, rows],
+            None,
             jnp.asarray(rows, index_dtype(some.shape[1])),
             jnp.asarray(columns, index_dtype(some.shape[0])),
             tuple(weights.shape),
@@ -111,9 +114,9 @@ class BlockArray(Compressed):
         )
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the dense array."""
-        return (*self.values.shape[:-3], *self.dense_shape)
+    def stack_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading axes that count the layers of a stack."""
+        return self.values.shape[:-3]
 
     @property
     def layout(self) -> str:
@@ -122,19 +125,26 @@ class BlockArray(Compressed):
         total = math.prod(self.dense_shape) // (inputs * outputs)
         return f"{count} of {total} blocks {outputs}x{inputs}"
 
-    def todense(self) -> FloatArray:
-        """Give the dense array."""
-        one = type(self).todense
-        if self.values.ndim > 3:  # a stack of layers
-            return jax.vmap(one)(self)
-        _, inputs, outputs = self.values.shape
+    @property
+    def matrix(self) -> "BlockArray | None":
+        """The same array as a matrix, if its last axis alone counts outputs."""
+        if self.axis != -2:
+            return None
+        *inputs, outputs = self.dense_shape
+        return dataclasses.replace(self, dense_shape=(math.prod(inputs), outputs))
+
+    def place(self, values: FloatArray) -> FloatArray:
+        """Put values like `values` to where these stand in the dense array."""
+        if values.ndim > 3:  # a stack of layers
+            return jax.vmap(type(self).place)(self, values)
+        _, inputs, outputs = values.shape
         moved = list(self.dense_shape)
         length = moved.pop(self.axis)
         moved.insert(len(moved) - 1, length)
         columns = moved[-1] // outputs
         rows = math.prod(moved[:-1]) // inputs
-        grid = jnp.zeros((columns, rows, inputs, outputs), self.values.dtype)
-        grid = grid.at[self.columns, self.rows].set(self.values, unique_indices=True)
+        grid = jnp.zeros((columns, rows, inputs, outputs), values.dtype)
+        grid = grid.at[self.columns, self.rows].set(values, unique_indices=True)
         matrix = grid.transpose(1, 2, 0, 3).reshape(moved)
         return jnp.moveaxis(matrix, -2, self.axis)
 

@@ -1,8 +1,9 @@
 """What all compressed arrays share: their size in words, and checks of what goes in."""
 
+import dataclasses
 import json
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.export
@@ -22,10 +23,12 @@ class Compressed:
     """
 
     values: Any
+    scales: Any
+    dense_shape: tuple[int, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the dense array."""
+    def stack_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading axes that count the layers of a stack."""
         raise NotImplementedError
 
     @property
@@ -33,14 +36,65 @@ class Compressed:
         """What is stored, in words."""
         raise NotImplementedError
 
+    @property
+    def matrix(self) -> "Compressed | None":
+        """The same array as a matrix ``(inputs, outputs)``, without any work.
+
+        None where inputs and outputs are not the leading and the trailing axes.
+        """
+        raise NotImplementedError
+
+    @property
+    def T(self) -> "Compressed | None":  # noqa: N802
+        """The transpose of a matrix, without any work; None where there is none."""
+        return None
+
+    def place(self, values: FloatArray) -> FloatArray:
+        """Put values like `values` to where these stand in the dense array."""
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> FloatArray:
+        """The stored weights: `values`, times `scales` where there are scales."""
+        if self.scales is None:
+            return self.values
+        scaled = self.values.astype(jnp.float32) * self.scales.astype(jnp.float32)
+        return scaled.astype(self.scales.dtype)
+
     def todense(self) -> FloatArray:
         """Give the dense array."""
-        raise NotImplementedError
+        return self.place(self.weights)
+
+    def astype(self, dtype: Any) -> "Compressed":
+        """Cast to a floating dtype; values that have scales keep theirs.
+
+        Args:
+          dtype: dtype of the dense array.
+
+        Returns:
+          The compressed array of that dtype.
+
+        Raises:
+          TypeError: the dtype is no floating dtype.
+        """
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"compressed arrays have floating dtypes, not {np.dtype(dtype)}; "
+                "formats.quantize stores integers with scales"
+            )
+        name = "values" if self.scales is None else "scales"
+        changed = {name: getattr(self, name).astype(dtype)}
+        return dataclasses.replace(cast(Any, self), **changed)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array."""
+        return (*self.stack_shape, *self.dense_shape)
 
     @property
     def dtype(self) -> Any:
         """Dtype of the dense array."""
-        return self.values.dtype
+        return self.values.dtype if self.scales is None else self.scales.dtype
 
     @property
     def ndim(self) -> int:
@@ -78,8 +132,11 @@ class Compressed:
             fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
             return f"{name}({fields})"  # of shardings, paths and the like
         shape = ", ".join(map(str, self.shape))
+        dtype = str(self.dtype)
+        if self.scales is not None:
+            dtype = f"{self.values.dtype} with scales in {dtype}"
         return (
-            f"{name}({self.layout}, {self.dtype}[{shape}], {self.nbytes:,} bytes, "
+            f"{name}({self.layout}, {dtype}[{shape}], {self.nbytes:,} bytes, "
             f"{self.ratio:.3g} of dense)"
         )
 

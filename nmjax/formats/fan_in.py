@@ -33,6 +33,7 @@ class FanInArray(Compressed):
         fits.
       neurons: the active neurons, ascending, in the neuron axes taken together,
         int32 ``(alive,)``.
+      scales: None, or factors of quantized values, ``(alive, 1)``.
       dense_shape: shape of the dense array (of one layer, where layers are stacked).
       neuron_axes: axes of the dense array that count neurons, from the end, ascending.
 
@@ -52,6 +53,7 @@ class FanInArray(Compressed):
     """
 
     values: Any
+    scales: Any
     indices: Any
     neurons: Any
     dense_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -103,6 +105,7 @@ class FanInArray(Compressed):
         indices = jnp.sort(order, axis=1)
         return cls(
             jnp.take_along_axis(rows[neurons], indices, axis=1),
+            None,
             indices.astype(index_dtype(rows.shape[1])),
             jnp.asarray(neurons, jnp.int32),
             tuple(weights.shape),
@@ -110,9 +113,9 @@ class FanInArray(Compressed):
         )
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the dense array."""
-        return (*self.values.shape[:-2], *self.dense_shape)
+    def stack_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading axes that count the layers of a stack."""
+        return self.values.shape[:-2]
 
     @property
     def fan_in(self) -> int:
@@ -127,11 +130,30 @@ class FanInArray(Compressed):
         alive = self.values.shape[-2]
         return f"fan-in {self.fan_in} of {inputs}, {alive} of {total} neurons"
 
-    def todense(self) -> FloatArray:
-        """Give the dense array."""
-        one = type(self).todense
-        if self.values.ndim > 2:  # a stack of layers
-            return jax.vmap(one)(self)
+    @property
+    def matrix(self) -> "FanInArray | None":
+        """The same array as a matrix, if its trailing axes count neurons."""
+        count = len(self.neuron_axes)
+        if self.neuron_axes != tuple(range(-count, 0)):
+            return None
+        split = len(self.dense_shape) - count
+        shape = math.prod(self.dense_shape[:split]), math.prod(self.dense_shape[split:])
+        return dataclasses.replace(self, dense_shape=shape, neuron_axes=(-1,))
+
+    @property
+    def T(self) -> "FanInArray | None":
+        """The transpose of a matrix; None for other ranks."""
+        if len(self.dense_shape) != 2 or len(self.neuron_axes) != 1:
+            return None
+        axes = (-3 - self.neuron_axes[0],)
+        return dataclasses.replace(
+            self, dense_shape=self.dense_shape[::-1], neuron_axes=axes
+        )
+
+    def place(self, values: FloatArray) -> FloatArray:
+        """Put values like `values` to where these stand in the dense array."""
+        if values.ndim > 2:  # a stack of layers
+            return jax.vmap(type(self).place)(self, values)
         rank = len(self.dense_shape)
         neurons = [rank + axis for axis in self.neuron_axes]
         inputs = [axis for axis in range(rank) if axis not in neurons]
@@ -149,7 +171,7 @@ class FanInArray(Compressed):
             )
 
         # Neuron by neuron, so that sharded neurons need no collective.
-        rows = jax.vmap(row)(self.values, self.indices)
+        rows = jax.vmap(row)(values, self.indices)
         if self.neurons.size < total:
             zeros = jnp.zeros_like(rows, shape=(total, length))
             rows = zeros.at[self.neurons].set(rows, unique_indices=True)

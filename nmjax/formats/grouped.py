@@ -1,9 +1,11 @@
 """N:M arrays: the kept values of every group, and where in the group they stood."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from nmjax.formats.checks import (
@@ -29,9 +31,11 @@ from nmjax.typing import FloatArray, MaskArray
 class NMArray(Compressed):
     """An array of which n of every m consecutive entries are stored.
 
-    Groups run along `axis` of the dense array, length K. It comes last in what is
-    stored: a Dense kernel ``(K, F)`` has values ``(F, K * n / m)``, a convolution
-    ``(h, w, K, F)`` has ``(h, w, F, K * n / m)``.
+    Groups run along `axis` of the dense array. Axes behind it count outputs, all others
+    inputs; where it is the last axis, all others count outputs. Stored are the values
+    of one output after the other: a Dense kernel ``(K, F)`` has values
+    ``(F, K * n / m)``, a convolution ``(h, w, K, F)`` has ``(F, h * w * K * n / m)``,
+    and a table ``(F, K)`` with groups along its last axis has ``(F, K * n / m)`` too.
 
     Positions in a group are ascending and distinct, also in groups with fewer
     non-zeros than n: these are filled up with zeros. They take 1, 2, 4 or 8 bits, for
@@ -39,11 +43,13 @@ class NMArray(Compressed):
     bits.
 
     Attributes:
-      values: kept values, ``(..., F, K * n / m)``.
+      values: kept values, ``(F, K * n / m)``.
+      scales: None, or a factor of each output of quantized values, ``(F, 1)``.
       codes: their positions, packed along the last axis, uint8.
       n: values kept of a group.
       m: length of a group.
       axis: axis of the dense array along which groups run, counted from the end.
+      dense_shape: shape of the dense array (of one layer, where layers are stacked).
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,10 +66,12 @@ class NMArray(Compressed):
     """
 
     values: Any
+    scales: Any
     codes: Any
     n: int = dataclasses.field(metadata={"static": True})
     m: int = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
+    dense_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def from_dense(
@@ -73,6 +81,7 @@ class NMArray(Compressed):
         m: int,
         axis: int = -2,
         mask: MaskArray | None = None,
+        stacked: int = 0,
     ) -> "NMArray":
         """Compress an array.
 
@@ -83,6 +92,7 @@ class NMArray(Compressed):
           axis: axis along which groups run.
           mask: active weights, which keep their positions even where they are zero.
             Default: those that are not zero.
+          stacked: number of leading axes that count the layers of a stack.
 
         Returns:
           The compressed array, of the same dtype.
@@ -97,16 +107,26 @@ class NMArray(Compressed):
         axis = as_axis(axis, weights.shape) - weights.ndim
         check_multiple(weights.shape, weights.ndim + axis, m)
         mask = check_shape_of_mask(weights, mask)
+        shape = tuple(weights.shape[stacked:])
+        if stacked and weights.ndim + axis < stacked:
+            raise ValueError(
+                f"axis={axis} of shape {weights.shape} is one of the {stacked} that "
+                "count layers"
+            )
         groups, active = (
-            split_axis(jnp.moveaxis(array, axis, -1), weights.ndim - 1, m)
+            split_axis(_rows(array, axis, stacked), stacked + 1, m)
             for array in (weights, mask)
         )
         counts = jnp.sum(active, axis=-1, dtype=jnp.int32)
         if (place := first_place(counts > n)) is not None:
+            *layer, output, group = place
+            outputs = [shape[i] for i in _outputs(axis, len(shape))]
+            others = [int(i) for i in np.unravel_index(output, outputs)]
+            per_line = shape[axis] // m
             raise ValueError(
-                f"group {place[-1]} along axis {axis}, at {place[:-1]} of the other "
-                f"axes, has {int(counts[place])} active weights, more than n={n} of "
-                f"m={m}"
+                f"group {group % per_line} along axis {axis}, at "
+                f"{tuple(layer + others)} of the outputs, has {int(counts[place])} "
+                f"active weights, more than n={n} of m={m}"
             )
         # Active positions first, then the lowest others; back in ascending order.
         order = jnp.argsort(~active, axis=-1, stable=True)[..., :n]
@@ -115,14 +135,29 @@ class NMArray(Compressed):
         last = values.ndim - 2
         codes = merge_axis(positions.astype(jnp.uint8), last)
         packed = pack_codes(codes, code_bits(m))
-        return cls(merge_axis(values, last), packed, n, m, axis)
+        return cls(merge_axis(values, last), None, packed, n, m, axis, shape)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the dense array."""
-        *others, kept = self.values.shape
-        others.insert(len(others) + 1 + self.axis, kept * self.m // self.n)
-        return tuple(others)
+    def stack_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading axes that count the layers of a stack."""
+        return self.values.shape[:-2]
+
+    @property
+    def matrix(self) -> "NMArray | None":
+        """The same array as a matrix, if groups do not run along its last axis."""
+        if self.axis == -1:
+            return None
+        split = len(self.dense_shape) + self.axis + 1
+        shape = math.prod(self.dense_shape[:split]), math.prod(self.dense_shape[split:])
+        return dataclasses.replace(self, axis=-2, dense_shape=shape)
+
+    @property
+    def T(self) -> "NMArray | None":
+        """The transpose of a matrix; None for other ranks."""
+        if len(self.dense_shape) != 2:
+            return None
+        shape = self.dense_shape[::-1]
+        return dataclasses.replace(self, axis=-3 - self.axis, dense_shape=shape)
 
     @property
     def positions(self) -> Array:
@@ -134,14 +169,33 @@ class NMArray(Compressed):
         """What is stored, in words."""
         return f"{self.n}:{self.m} along {self.axis}"
 
-    def todense(self) -> FloatArray:
-        """Give the dense array."""
-        last = self.values.ndim - 1
-        values = split_axis(self.values, last, self.n)
+    def place(self, values: FloatArray) -> FloatArray:
+        """Put values like `values` to where these stand in the dense array."""
+        last = values.ndim - 1
+        kept = split_axis(values, last, self.n)
         positions = split_axis(self.positions, last, self.n)
         lane = jnp.arange(self.m, dtype=jnp.uint8)
-        groups = jnp.zeros((*values.shape[:-1], self.m), values.dtype)
+        groups = jnp.zeros((*kept.shape[:-1], self.m), values.dtype)
         for i in range(self.n):
             here = positions[..., i : i + 1] == lane
-            groups = jnp.where(here, values[..., i : i + 1], groups)
-        return jnp.moveaxis(merge_axis(groups, last), -1, self.axis)
+            groups = jnp.where(here, kept[..., i : i + 1], groups)
+        rows = merge_axis(groups, last)
+        if self.axis != -1:
+            rows = rows.mT
+        return rows.reshape(*values.shape[:-2], *self.dense_shape)
+
+
+def _outputs(axis: int, rank: int) -> range:
+    """Give the axes that count outputs, of a dense array of this rank."""
+    return range(rank - 1) if axis == -1 else range(rank + axis + 1, rank)
+
+
+def _rows(array: Array, axis: int, stacked: int) -> Array:
+    """Bring outputs to rows, their inputs to columns."""
+    outputs = [array.shape[stacked + i] for i in _outputs(axis, array.ndim - stacked)]
+    count = math.prod(outputs)
+    stack = array.shape[:stacked]
+    inputs = math.prod(array.shape[stacked:]) // max(1, count)
+    if axis == -1:
+        return array.reshape(*stack, count, inputs)
+    return array.reshape(*stack, inputs, count).mT

@@ -6,7 +6,8 @@ kernel for a platform is one more lowering rule: nothing above this file changes
 
 The primitive takes x ``(*stack, batch, K)`` and the arrays of a compressed matrix, each
 with the leading axes ``stack``, and gives ``(*stack, batch, F)``. It is linear in x and
-in the values, so its derivatives are products of the same kind.
+in the values (in their scales, where they have some), so its derivatives are products
+of the same kind.
 """
 
 from collections.abc import Callable
@@ -152,41 +153,56 @@ mlir.register_lowering(matmul_p, lower_as(on_cpu), platform="cpu")
 # Derivatives -------------------------------------------------------------------------
 
 
+def _linear(treedef: Any, leaves: Any) -> int:
+    """Give the leaf that the product is linear in: scales if there are, else values."""
+    return 0 if treedef.unflatten(leaves).scales is None else 1
+
+
 def _jvp(primals: Any, tangents: Any, *, treedef: Any) -> tuple[Any, Any]:
-    """Differentiate: linear in x, and in the values, which are the first leaf."""
-    x, values, *rest = primals
-    dx, dvalues, *_ = tangents
-    out = matmul_p.bind(x, values, *rest, treedef=treedef)
+    """Differentiate: linear in x, and in the values or their scales."""
+    x, *leaves = primals
+    dx, *dleaves = tangents
+    out = matmul_p.bind(x, *leaves, treedef=treedef)
     terms = []
     if not isinstance(dx, ad.Zero):
-        terms.append(matmul_p.bind(dx, values, *rest, treedef=treedef))
-    if not isinstance(dvalues, ad.Zero):
-        terms.append(matmul_p.bind(x, dvalues, *rest, treedef=treedef))
+        terms.append(matmul_p.bind(dx, *leaves, treedef=treedef))
+    which = _linear(treedef, leaves)
+    if not isinstance(dleaves[which], ad.Zero):
+        leaves[which] = dleaves[which]
+        terms.append(matmul_p.bind(x, *leaves, treedef=treedef))
+    if not terms:
+        return out, ad.Zero.from_primal_value(out)
     return out, sum(terms[1:], terms[0])
 
 
-def _transpose(
-    cotangent: Any, x: Any, values: Any, *rest: Any, treedef: Any
-) -> list[Any]:
+def _transpose(cotangent: Any, x: Any, *leaves: Any, treedef: Any) -> list[Any]:
     """Give dx = dy w^T, or what x^T dy holds at the stored positions."""
-    others = [None] * len(rest)
+    out: list[Any] = [None] * (1 + len(leaves))
     if ad.is_undefined_primal(x):
         if isinstance(cotangent, ad.Zero):
-            return [ad.Zero(x.aval), None, *others]
-        w = treedef.unflatten([values, *rest]).todense()
-        return [reference.multiply(cotangent, w.mT), None, *others]
+            out[0] = ad.Zero(x.aval)
+        else:
+            w = treedef.unflatten(leaves).todense()
+            out[0] = reference.multiply(cotangent, w.mT)
+        return out
+    which = next(i for i, leaf in enumerate(leaves) if ad.is_undefined_primal(leaf))
+    aval = leaves[which].aval
     if isinstance(cotangent, ad.Zero):
-        return [None, ad.Zero(values.aval), *others]
-    zeros = jnp.zeros(values.aval.shape, values.aval.dtype)
+        out[1 + which] = ad.Zero(aval)
+        return out
+    others = [*leaves[:which], *leaves[which + 1 :]]
+    zeros = jnp.zeros(aval.shape, aval.dtype)
     gradient = reference.multiply(x.mT, cotangent)
-    zeros, gradient, *known = _varying_alike(zeros, gradient, *rest)
+    zeros, gradient, *known = _varying_alike(zeros, gradient, *others)
 
-    def dense(values: Array) -> Array:
-        return treedef.unflatten([values, *known]).todense()
+    def dense(leaf: Array) -> Array:
+        full = [*known[:which], leaf, *known[which:]]
+        return treedef.unflatten(full).todense()
 
     # Decompression is linear: its transpose, anywhere, gathers the stored positions.
     _, gather = jax.vjp(dense, zeros)
-    return [None, *gather(gradient), *others]
+    (out[1 + which],) = gather(gradient)
+    return out
 
 
 ad.primitive_jvps[matmul_p] = _jvp

@@ -76,7 +76,7 @@ def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F
 
     # Under shard_map, zeros like the rows vary over the axes that these do.
     total = jnp.zeros_like(rows, shape=(w.values.shape[0], batch))
-    slots = (w.values.T, w.indices.T)
+    slots = (w.weights.T, w.indices.T)
     small = isinstance(batch, int) and batch < 32  # an exported batch may be symbolic
     total, _ = lax.scan(add, total, slots, unroll=1 if small else 4)
     total = total.astype(x.dtype)
@@ -120,7 +120,7 @@ def by_blocks(x: Float[Array, "batch K"], w: BlockArray) -> Float[Array, "batch 
     pieces = x.reshape(batch, length // inputs, inputs).transpose(1, 0, 2)
     gathered = pieces.at[w.rows].get(mode="promise_in_bounds")
     products = jnp.einsum(
-        "nbi,nio->nbo", gathered, w.values, preferred_element_type=sum_dtype(x.dtype)
+        "nbi,nio->nbo", gathered, w.weights, preferred_element_type=sum_dtype(x.dtype)
     )
     total = jax.ops.segment_sum(
         products,
