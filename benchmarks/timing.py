@@ -30,6 +30,10 @@ MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
+PAUSE = 0.01
+"""Seconds of rest after a peer was timed: its threads spin for a while before they
+sleep, and would share the cores with what is timed next."""
+
 
 def keep_pages() -> None:
     """Start this script again with an allocator that keeps its pages, and say so.
@@ -172,7 +176,9 @@ def table(title: str, results: Mapping[str, Timing], notes: Mapping[str, str]) -
 
 def _seconds(function: "Callable[[], Any] | PeerFunction", repeats: int) -> float:
     if isinstance(function, PeerFunction):
-        return function.seconds(repeats)
+        took = function.seconds(repeats)
+        time.sleep(PAUSE)
+        return took
     return seconds(function, repeats)
 
 
