@@ -211,6 +211,8 @@ class _Guard:
             f"{MULTIPLY_ADVICE}, or {DENSE_ADVICE}"
         )
 
+    # A property: primitives of JAX look for it, and do not call it.
+    @property
     def __jax_array__(self) -> NoReturn:
         raise TypeError(self._refuse("in a function of JAX"))
 

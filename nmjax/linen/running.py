@@ -15,13 +15,7 @@ from flax.core import meta
 
 from nmjax.formats import is_compressed
 from nmjax.kernels.contractions import conv_general_dilated, dot_general
-from nmjax.operands import (
-    DENSE_ADVICE,
-    MULTIPLY_ADVICE,
-    cast_alike,
-    einsum,
-    guarded,
-)
+from nmjax.operands import DENSE_ADVICE, cast_alike, einsum, guarded
 from nmjax.paths import path_name
 
 
@@ -154,14 +148,6 @@ def _intercept(
         object.__setattr__(module, name, value)
     try:
         return next_fun(*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        if "__jax_array__" not in str(error):
-            raise
-        # A primitive of JAX got a compressed array: it knows of no path.
-        raise TypeError(
-            f"{_title(module)}, or what it calls, uses a compressed leaf as a dense "
-            f"array: {MULTIPLY_ADVICE}, or {DENSE_ADVICE}"
-        ) from error
     finally:
         object.__delattr__(module, "param")
         for name, value in before.items():

@@ -1,8 +1,21 @@
-"""Sparse flax.nnx models.
+"""Sparse flax.nnx models: train them unchanged, run them on compressed params.
 
-- `attach`, `detach`: train a model that reads sparse weights and stores dense ones.
+- `attach`, `detach`: the model reads sparse weights and stores dense ones.
+- `compress`, `load`, `decompress`: the model stores and computes with compressed ones.
+- `CompressedParam`, `dense_params`: tell the one kind of params from the other.
 """
 
 from nmjax.nnx.attach import SparseRead, attach, detach
+from nmjax.nnx.running import compress, decompress, load
+from nmjax.nnx.variables import CompressedParam, dense_params
 
-__all__ = ["SparseRead", "attach", "detach"]
+__all__ = [
+    "CompressedParam",
+    "SparseRead",
+    "attach",
+    "compress",
+    "decompress",
+    "dense_params",
+    "detach",
+    "load",
+]
