@@ -203,6 +203,10 @@ class _Guard:
     # NumPy then leaves `x @ w` to us.
     __array_ufunc__ = None
 
+    def __repr__(self) -> str:
+        # Primitives of JAX quote it in their errors.
+        return f"{super().__repr__()} of leaf {self.origin.path!r}"
+
     def _refuse(self, use: str) -> str:
         w = cast(Any, self)
         return (

@@ -13,9 +13,16 @@ from flax import errors
 from flax import linen as nn
 from flax.core import meta
 
+from nmjax import operands
 from nmjax.formats import is_compressed
 from nmjax.kernels.contractions import conv_general_dilated, dot_general
-from nmjax.operands import DENSE_ADVICE, cast_alike, einsum, guarded
+from nmjax.operands import (
+    DENSE_ADVICE,
+    MULTIPLY_ADVICE,
+    cast_alike,
+    einsum,
+    guarded,
+)
 from nmjax.paths import path_name
 
 
@@ -148,6 +155,14 @@ def _intercept(
         object.__setattr__(module, name, value)
     try:
         return next_fun(*args, **kwargs)
+    except TypeError as error:
+        if f"{operands.__name__}." not in str(error):
+            raise
+        # A primitive of JAX got a guarded array, and names its class alone.
+        raise TypeError(
+            f"{_title(module)}, or what it calls, uses a compressed leaf as a dense "
+            f"array: {MULTIPLY_ADVICE}, or {DENSE_ADVICE}"
+        ) from error
     finally:
         object.__delattr__(module, "param")
         for name, value in before.items():
