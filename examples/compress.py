@@ -103,7 +103,7 @@ def train(
         resume=options.resume,
         label=job.name,
     )
-    params = recipe.finish(state["params"], state["opt"])
+    params = jax.jit(recipe.finish)(state["params"], state["opt"])
     dense, compressed = Variables(params, state["rest"]), None
     if job.method != "dense":
         small = nm.compress(params, recipe.plan, masks=recipe.masks(state["opt"]))
