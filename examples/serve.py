@@ -67,10 +67,15 @@ def read_items(client: Client, path: str) -> Sequence[Any]:
     if client.field == "images":
         if path == "-":
             raise ValueError("--input - is for lines of text; give images as a .npy")
-        return np.load(path, allow_pickle=False)
-    if path == "-":
-        return sys.stdin.read().splitlines()
-    return pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        images = np.load(path, allow_pickle=False)
+        if not isinstance(images, np.ndarray) or images.ndim < 3:
+            raise ValueError(f"{path} has no array of images (n, height, width, ...)")
+        return list(images)
+    with contextlib.ExitStack() as stack:
+        lines = sys.stdin
+        if path != "-":
+            lines = stack.enter_context(open(path, encoding="utf-8"))
+        return [line.rstrip("\n") for line in lines]
 
 
 def answer_all(engine: Engine, items: Sequence[Any], out: TextIO | None) -> list[Any]:
@@ -87,16 +92,20 @@ def answer_all(engine: Engine, items: Sequence[Any], out: TextIO | None) -> list
 
 
 def demonstrate(engine: Engine, items: Sequence[Any]) -> list[Any]:
-    """Answer the same items one by one and in batches of every size."""
+    """Answer the same items in batches of every size; return the last answers."""
     answers = []
     for size in engine.sizes:
         answers = []
         for start in range(0, len(items), size):
             answers += engine(items[start : start + size])
-    for item, answer in list(zip(items, answers, strict=True))[:3]:
-        shown = item if isinstance(item, str) else "an image"
-        print(f"{shown} -> {answer}")
     return answers
+
+
+def show(items: Sequence[Any], answers: Sequence[Any]) -> None:
+    """Print some answers."""
+    for index in range(min(3, len(items))):
+        item = items[index] if isinstance(items[index], str) else f"image {index}"
+        print(f"{item} -> {answers[index]}")
 
 
 # The script -------------------------------------------------------------------------
@@ -127,7 +136,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--smoke", action="store_true", help="train for a few steps, to test the script"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if min(options.sizes) < 1:
+        parser.error(f"--sizes {min(options.sizes)} is no size of a batch")
+    return options
 
 
 def find_model(options: argparse.Namespace) -> pathlib.Path:
@@ -147,6 +159,11 @@ def load_engine(folder: pathlib.Path, dense: bool, sizes: Sequence[int]) -> Engi
     """Load a model and compile it."""
     client, _ = clients.load(folder)
     name = "dense" if dense else "compressed"
+    if not (folder / name).is_dir():
+        raise FileNotFoundError(
+            f"{folder} has no {name} weights: give a model that was trained sparse, or "
+            "--dense"
+        )
     variables = clients.load_variables(folder / name, client)
     total = formats.sizes(variables.params)[-1]
     print(
@@ -168,6 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.input is None:
         items = clients.load(folder)[1]
         answers = demonstrate(engine, items)
+        show(items, answers)
     else:
         items = read_items(engine.client, options.input)
         with contextlib.ExitStack() as stack:
@@ -178,7 +196,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{engine.table()}\n{common.hardware()}", file=sys.stderr)
     if options.check:
         dense = load_engine(folder, True, options.sizes)
-        expected = answer_all(dense, items, None)
+        if options.input is None:
+            expected = demonstrate(dense, items)
+        else:
+            expected = answer_all(dense, items, None)
+        print(dense.table(), file=sys.stderr)
         equal = sum(a == b for a, b in zip(answers, expected, strict=True))
         print(f"{equal} of {len(items)} answers equal those of the dense weights")
         if equal < len(items):

@@ -126,6 +126,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.meter, self.lock = Meter(), threading.Lock()
         super().__init__(address, Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong, unless a client just left."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Handles the requests of one connection."""
@@ -153,6 +158,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._send(error.status, {"error": str(error)})
         except ValueError as error:
             return self._send(400, {"error": str(error)})
+        except Exception:
+            self._send(500, {"error": "the server failed; it printed why"})
+            raise
         seconds = time.perf_counter() - began
         with self.server.lock:
             self.server.meter.add(seconds, len(answers))

@@ -263,7 +263,8 @@ def smoke(tmp_path_factory):
 def test_script_trains_compresses_and_compares(smoke):
     rows, out = smoke
     assert [row["density"] for row in rows] == [0.5]
-    assert rows[0]["error"] <= compress.TOLERANCE
+    assert rows[0]["equal answers %"] == 100.0
+    assert rows[0]["difference"] <= compress.TOLERANCE
     assert 0.5 < rows[0]["bytes"] / rows[0]["dense bytes"] < 0.6
     results = json.loads((out / "results.json").read_text())
     assert [time["batch"] for time in results["times"]] == [1, 2]
@@ -294,15 +295,22 @@ def test_srigl_is_compressed_at_its_masks():
 
 def test_differing_weights_are_found(classifiers):
     client, sparse, small, _ = classifiers
-    answer = jax.jit(client.answer)
-    items = items_of("cnn", 5)
-    assert compress.check_equal(client, answer, sparse, small, items) <= 1e-5
-    turned = jax.tree.map(lambda leaf: leaf * -1.0, sparse)._replace(rest=sparse.rest)
-    with pytest.raises(ValueError, match=r"answer otherwise to \d of 5 inputs"):
-        compress.check_equal(client, answer, turned, small, items)
-    near = jax.tree.map(lambda leaf: leaf * 1.01, sparse)._replace(rest=sparse.rest)
-    with pytest.raises(ValueError, match="logits of compressed .* more than 1e-04"):
-        compress.check_equal(client, lambda *_: np.zeros(5), near, small, items)
+    answer, items = jax.jit(client.answer), items_of("cnn", 5)
+
+    def agree(factor):
+        other = jax.tree.map(lambda leaf: leaf * factor, sparse.params)
+        changed = sparse._replace(params=other)
+        return compress.agreement(client, answer, changed, small, items)
+
+    same = agree(1.0)
+    assert same.equal == 1.0 and same.difference <= 1e-5
+    assert agree(-1.0).equal < 1.0
+    assert 1e-3 < agree(1.01).difference < 0.2
+    compress.check(same)
+    with pytest.raises(ValueError, match="answer otherwise to 25.0% of the inputs"):
+        compress.check(compress.Agreement(0.75, 0.0))
+    with pytest.raises(ValueError, match="differ by 1.01e-04 .* more than 1e-04"):
+        compress.check(compress.Agreement(1.0, 1.01e-4))
 
 
 def test_timings_alternate():
@@ -419,6 +427,33 @@ def test_malformed_requests_are_refused(server, body, status, message):
 def test_wrong_requests_are_refused(server, method, path, headers, status, message):
     found, content = request(server, method, path, headers=headers)
     assert (found, message in content["error"]) == (status, True)
+
+
+def test_server_that_fails_says_so_and_goes_on(server, engine, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_answer", fail)
+        status, content = request(server, body={"images": [BLANK]})
+    assert (status, content) == (500, {"error": "the server failed; it printed why"})
+    assert request(server, body={"images": [BLANK]})[0] == 200
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def test_arguments_are_checked(classifiers, tmp_path, capsys):
+    client, *_, folder = classifiers
+    with pytest.raises(SystemExit):
+        serve.parse(["--sizes", "0"])
+    assert "--sizes 0 is no size of a batch" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--input - is for lines of text"):
+        serve.read_items(client, "-")
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="x.npy has no array of images"):
+        serve.read_items(client, str(tmp_path / "x.npy"))
+    (tmp_path / "client.json").write_text((folder / "client.json").read_text())
+    with pytest.raises(FileNotFoundError, match="no compressed weights: .* --dense"):
+        serve.load_engine(tmp_path, False, [1])
 
 
 def test_sentences_are_checked(translators):
