@@ -133,13 +133,19 @@ def forms_of(
 
 
 def too_slow(form: Form, patience: float) -> str | None:
-    """Say how long a call takes, if it is longer than this many seconds."""
-    if isinstance(form.call, timing.PeerFunction):
-        form.call.seconds(1)  # makes the weights
-        took = form.call.seconds(1)
-    else:
-        took = timing.seconds(form.call)
-    return f"one call takes {took:.1f} s" if took > patience else None
+    """Say how long a call takes, if even the fastest of three exceeds the patience."""
+    call = form.call
+    if isinstance(call, timing.PeerFunction):
+        call.seconds(1)  # makes the weights
+    took = float("inf")
+    for _ in range(3):
+        if isinstance(call, timing.PeerFunction):
+            took = min(took, call.seconds(1))
+        else:
+            took = min(took, timing.seconds(call))
+        if took <= patience:
+            return None
+    return f"one call takes {took:.1f} s"
 
 
 def _check_step(case: Case, name: str, batch: int) -> None:

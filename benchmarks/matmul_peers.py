@@ -124,4 +124,6 @@ def of_torch(
     stored = {"torch dense": 4 * entries, "torch int8": entries}
     rows = 4 * sum(outputs + 1 for _, outputs in case.shapes)
     stored["torch CSR"] = round(case.density * entries) * 8 + rows
-    return Form(peer.functions[key], stored[name] + 4 * case.units(x.shape[0]))
+    touched = stored[name] + 4 * case.units(x.shape[0])
+    note = "float32" if case.values != "float32" and name == "torch dense" else ""
+    return Form(peer.functions[key], touched, note=note)

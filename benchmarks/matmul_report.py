@@ -14,6 +14,7 @@ Everything here is a pure function of rows.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,39 @@ def best_forms(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return best
 
 
+def to_forms(rows: Iterable[Row], machine: Mapping[str, str]) -> dict[str, Any]:
+    """Make the table that dispatch chooses by, `nmjax/kernels/cpu_forms.json`.
+
+    Args:
+      rows: rows of the section "table".
+      machine: what was measured on, from `timing.describe`.
+
+    Returns:
+      The machine and, for each cell, the keys of `LAYOUT`, ``batch`` and ``ratios``:
+      from forms of `PICKS` that were measured to their time relative to dense weights
+      of the same dtype.
+    """
+    found = []
+    for cell in cells_of(rows):
+        ratios = {
+            name: round(cell[name]["ratio_to_dense"], 3)
+            for name in PICKS
+            if "ms" in cell.get(name, {})
+        }
+        if ratios:
+            row = next(iter(cell.values()))
+            keys = {key: row[key] for key in (*LAYOUT, "batch")}
+            found.append(keys | {"ratios": ratios})
+    return {"machine": dict(machine), "rows": found}
+
+
+def forms_to_text(forms: Mapping[str, Any]) -> str:
+    """Format what `to_forms` gave as JSON, a line for each cell."""
+    head = json.dumps({"machine": forms["machine"]}, indent=1)[:-2]
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in forms["rows"])
+    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
 def to_markdown(best: Sequence[Row], machine: Mapping[str, str]) -> str:
     """Format the table of best forms for the docs.
 
@@ -302,6 +336,7 @@ def plot(rows: Sequence[Row], path: str | Path, title: str | None = None) -> Pat
     densities = sorted({row["density"] for row in own}, reverse=True)
     figure, axes = grid(matplotlib.figure, len(densities), title)
     batches = sorted({row["batch"] for row in own})
+    found = [1 / row["ratio_to_dense"] for row in own]
     lines: dict[str, Any] = {}
     for axis, density in zip(axes, densities, strict=False):
         for form, (colour, dashes) in STYLES.items():
@@ -322,6 +357,7 @@ def plot(rows: Sequence[Row], path: str | Path, title: str | None = None) -> Pat
         axis.axhline(1, color="0.4", linewidth=1)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.set_ylim(min(found) / 1.2, max(found) * 1.2)
         plain = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_major_formatter(plain)
         axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())

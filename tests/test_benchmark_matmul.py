@@ -34,6 +34,7 @@ def test_smoke_run_writes_rows_table_and_plot(load, tmp_path, capsys):
     files = {name: tmp_path / f"matmul.{name}" for name in ("json", "markdown", "png")}
     command = ["--smoke", "--json", str(files["json"])]
     command += ["--markdown", str(files["markdown"]), "--plot", str(files["png"])]
+    command += ["--forms", str(tmp_path / "forms.json")]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         load("matmul").main(command)
@@ -57,6 +58,8 @@ def test_smoke_run_writes_rows_table_and_plot(load, tmp_path, capsys):
         assert measured != bool(one.get("absent"))
     assert not any("absent" in rows[key] for key in rows if key[-1] in ("dense", "xla"))
     assert {entry["format"] for entry in found["best"]} == {"FanIn", "NM", "Block"}
+    forms = json.loads((tmp_path / "forms.json").read_text())["rows"]
+    assert [entry["format"] for entry in forms] == ["FanIn", "NM", "Block"]
     assert "### NMArray" in files["markdown"].read_text()
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
@@ -212,6 +215,18 @@ def test_best_form_is_the_fastest_that_dispatch_can_pick(load):
     shown = [(b["batch"], b["form"], b["speedup"], b["beats_dense"]) for b in best]
     assert shown == [(1, "native", 4.0, True), (8, "slots", 1 / 0.95, False)]
     assert set(best[0]) >= {"format", "layout", "density", "values"}
+
+
+def test_table_for_dispatch_has_the_ratios_of_a_cell(load):
+    report = load("matmul_report")
+    rows = [row("dense", 1.0), row("slots", 0.5), row("native", 0.25004)]
+    rows += [row("slots", absent="no", batch=8), row("dense", 1.0, batch=8)]
+    forms = report.to_forms(rows, {"device": "cpu"})
+    keys = {"format": "FanIn", "layout": "", "values": "float32"}
+    keys |= {"density": 0.1, "batch": 1, "ratios": {"native": 0.25, "slots": 0.5}}
+    assert forms == {"machine": {"device": "cpu"}, "rows": [keys]}
+    text = report.forms_to_text(forms)
+    assert json.loads(text) == forms and len(text.splitlines()) == 8
 
 
 def test_markdown_has_a_table_per_format_and_dashes(load):
