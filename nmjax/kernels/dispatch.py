@@ -10,6 +10,7 @@ in the values (in their scales, where they have some), so its derivatives are pr
 of the same kind.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,20 +22,22 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from nmjax.formats import BlockArray, Compressed, FanInArray
-from nmjax.kernels import reference
+from nmjax.formats import Compressed
+from nmjax.kernels import choosing, native, reference
 
 matmul_p = Primitive("nmjax_matmul")
-"""Operands x and the leaves of w; parameter: the tree structure of w, which holds its
-format, dense shape and layout."""
+"""Operands x and the leaves of w; parameters: the tree structure of w, which holds its
+format, dense shape and layout, and the form asked for."""
 
 
-def compressed_matmul(x: Array, w: Compressed) -> Array:
+def compressed_matmul(x: Array, w: Compressed, form: str | None = None) -> Array:
     """Multiply a matrix with a compressed one.
 
     Args:
       x: inputs ``(batch, K)``.
       w: compressed, of dense shape ``(K, F)`` and x's dtype.
+      form: None chooses; ``"xla"`` chooses among the forms in XLA operations;
+        ``"native"`` takes the native CPU kernel.
 
     Returns:
       The product ``(batch, F)``.
@@ -48,7 +51,7 @@ def compressed_matmul(x: Array, w: Compressed) -> Array:
       [[5.0, 6.0]]
     """
     leaves, treedef = jax.tree.flatten(w)
-    return matmul_p.bind(*_varying_alike(x, *leaves), treedef=treedef)
+    return matmul_p.bind(*_varying_alike(x, *leaves), treedef=treedef, form=form)
 
 
 def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
@@ -71,16 +74,17 @@ def _depth(treedef: Any, leaves: Any) -> int:
 # Evaluation --------------------------------------------------------------------------
 
 
-@jax.jit(static_argnames="treedef")
-def _compiled(*operands: Array, treedef: Any) -> Array:
-    return matmul_p.bind(*operands, treedef=treedef)
+@jax.jit(static_argnames=("treedef", "form"))
+def _compiled(*operands: Array, treedef: Any, form: str | None) -> Array:
+    return matmul_p.bind(*operands, treedef=treedef, form=form)
 
 
 matmul_p.def_impl(_compiled)
 
 
 @matmul_p.def_abstract_eval
-def _abstract(x: Any, *leaves: Any, treedef: Any) -> ShapedArray:
+def _abstract(x: Any, *leaves: Any, treedef: Any, form: str | None) -> ShapedArray:
+    del form
     shape = (*x.shape[:-1], treedef.unflatten(leaves).shape[-1])
     return x.update(shape=shape, weak_type=False)
 
@@ -88,65 +92,108 @@ def _abstract(x: Any, *leaves: Any, treedef: Any) -> ShapedArray:
 # Lowering ----------------------------------------------------------------------------
 
 
-def lower_as(form: Callable[[Array, Any], Array]) -> Callable[..., Any]:
+_Form = Callable[[Array, Any], Array]
+
+
+def lower_as(select: Callable[[Any, str | None], _Form]) -> Callable[..., Any]:
     """Make a lowering rule of a product of matrices.
 
     Args:
-      form: takes x ``(batch, K)`` and a compressed ``(K, F)``, gives ``(batch, F)``.
+      select: takes the lowering context and the form asked for, gives a function of x
+        ``(batch, K)`` and a compressed ``(K, F)`` that returns ``(batch, F)``.
 
     Returns:
       A rule for `jax.interpreters.mlir.register_lowering`; stacks are mapped over.
     """
 
-    def function(x: Array, *leaves: Array, treedef: Any) -> Array:
-        def mapped(x: Array, leaves: tuple[Array, ...]) -> Array:
-            return form(x, treedef.unflatten(leaves))
+    def rule(ctx: Any, *operands: Any, treedef: Any, form: str | None) -> Any:
+        product = select(ctx, form)
 
-        for _ in range(_depth(treedef, leaves)):
-            mapped = jax.vmap(mapped)
-        return mapped(x, leaves)
+        def function(x: Array, *leaves: Array) -> Array:
+            def mapped(x: Array, leaves: tuple[Array, ...]) -> Array:
+                return product(x, treedef.unflatten(leaves))
 
-    return mlir.lower_fun(function, multiple_results=False)
+            for _ in range(_depth(treedef, leaves)):
+                mapped = jax.vmap(mapped)
+            return mapped(x, leaves)
+
+        return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+
+    return rule
 
 
-def on_cpu(x: Array, w: Compressed) -> Array:
-    """Multiply in the XLA form that is likely to be fastest on a CPU.
-
-    The rules were read off times of float32 products of 3072 x 768 weights, of density
-    0.01 to 0.5, for batches of 1 to 512, each form beside the other in one run.
+def anywhere(ctx: Any, form: str | None) -> _Form:
+    """Select the form for a platform without kernels: decompression.
 
     Args:
-      x: inputs ``(batch, K)``.
-      w: compressed, of dense shape ``(K, F)``.
+      ctx: context of a lowering rule.
+      form: what was asked for.
 
     Returns:
-      The product ``(batch, F)``.
+      The form.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from nmjax import formats
-      >>> from nmjax.kernels import dispatch
-      >>> w = formats.FanInArray.from_dense(jnp.array([[0.0, 2.0], [1.0, 0.0]]))
-      >>> dispatch.on_cpu(jnp.array([[3.0, 5.0]]), w).tolist()
-      [[5.0, 6.0]]
+    Raises:
+      NotImplementedError: a native CPU kernel was asked for.
     """
-    batch, length = x.shape
-    if not isinstance(batch, int):
-        batch = 64  # symbolic, in an export: take it for a large one
-    if isinstance(w, FanInArray) and w.neuron_axes == (-1,):
-        # Gathering rows that are wider than a scalar but narrower than 32 is slow.
-        most = 1 / 8 if 8 < batch < 32 else 1 / 3
-        if w.fan_in <= most * length:
-            return reference.by_slots(x, w)
-    if isinstance(w, BlockArray) and w.axis == -2:
-        *_, inputs, outputs = w.values.shape
-        density = w.values.size / w.size
-        if batch * density <= max(1.0, inputs * outputs / 10):
-            return reference.by_blocks(x, w)
-    return reference.by_decompression(x, w)
+    del ctx
+    if form == "native":
+        raise NotImplementedError(
+            "implementation='native' serves CPUs only, and this program is lowered for "
+            "another platform; use None or 'xla'"
+        )
+    return reference.by_decompression
 
 
-mlir.register_lowering(matmul_p, lower_as(reference.by_decompression))
+def on_cpu(ctx: Any, form: str | None) -> _Form:
+    """Select the form for a CPU: what `choosing.choose` says.
+
+    XLA cannot partition a native kernel over devices, and an exported program has to
+    run where there is none: there the forms in XLA operations serve.
+
+    Args:
+      ctx: context of a lowering rule.
+      form: what was asked for.
+
+    Returns:
+      The form.
+
+    Raises:
+      NotImplementedError: a native kernel was asked for and cannot serve.
+    """
+    obstacle = _obstacle(ctx.module_context)
+    if form == "native":
+        if obstacle:
+            raise NotImplementedError(f"implementation='native': {obstacle}")
+        return native.multiply
+    with_native = form is None and not obstacle
+
+    def product(x: Array, w: Compressed) -> Array:
+        chosen = choosing.choose(x, w, with_native=with_native)
+        return choosing.FORMS[chosen](x, w)
+
+    return product
+
+
+def _obstacle(module: Any) -> str:
+    """Say why a native kernel cannot be part of a module; empty where it can."""
+    if module.lowering_parameters.for_export:
+        return "an exported program has to run without the native library"
+    context = module.axis_context
+    manual = getattr(context, "manual_axes", None)
+    if manual is not None:  # under shard_map
+        automatic = set(context.mesh.axis_names) - set(manual)
+        devices = math.prod(context.mesh.shape[name] for name in automatic)
+    else:
+        devices = getattr(context, "num_devices", None) or 1
+    if devices > 1:
+        return (
+            f"XLA cannot partition a native kernel over {devices} devices; call it "
+            "under jax.shard_map over all axes of the mesh"
+        )
+    return ""
+
+
+mlir.register_lowering(matmul_p, lower_as(anywhere))
 mlir.register_lowering(matmul_p, lower_as(on_cpu), platform="cpu")
 
 
@@ -158,25 +205,30 @@ def _linear(treedef: Any, leaves: Any) -> int:
     return 0 if treedef.unflatten(leaves).scales is None else 1
 
 
-def _jvp(primals: Any, tangents: Any, *, treedef: Any) -> tuple[Any, Any]:
+def _jvp(
+    primals: Any, tangents: Any, *, treedef: Any, form: str | None
+) -> tuple[Any, Any]:
     """Differentiate: linear in x, and in the values or their scales."""
     x, *leaves = primals
     dx, *dleaves = tangents
-    out = matmul_p.bind(x, *leaves, treedef=treedef)
+    out = matmul_p.bind(x, *leaves, treedef=treedef, form=form)
     terms = []
     if not isinstance(dx, ad.Zero):
-        terms.append(matmul_p.bind(dx, *leaves, treedef=treedef))
+        terms.append(matmul_p.bind(dx, *leaves, treedef=treedef, form=form))
     which = _linear(treedef, leaves)
     if not isinstance(dleaves[which], ad.Zero):
         leaves[which] = dleaves[which]
-        terms.append(matmul_p.bind(x, *leaves, treedef=treedef))
+        terms.append(matmul_p.bind(x, *leaves, treedef=treedef, form=form))
     if not terms:
         return out, ad.Zero.from_primal_value(out)
     return out, sum(terms[1:], terms[0])
 
 
-def _transpose(cotangent: Any, x: Any, *leaves: Any, treedef: Any) -> list[Any]:
+def _transpose(
+    cotangent: Any, x: Any, *leaves: Any, treedef: Any, form: str | None
+) -> list[Any]:
     """Give dx = dy w^T, or what x^T dy holds at the stored positions."""
+    del form
     out: list[Any] = [None] * (1 + len(leaves))
     if ad.is_undefined_primal(x):
         if isinstance(cotangent, ad.Zero):
@@ -212,7 +264,9 @@ ad.primitive_transposes[matmul_p] = _transpose
 # Batching ----------------------------------------------------------------------------
 
 
-def _batch(operands: Any, dims: Any, *, treedef: Any) -> tuple[Array, int]:
+def _batch(
+    operands: Any, dims: Any, *, treedef: Any, form: str | None
+) -> tuple[Array, int]:
     """Fold a batch of x alone into its rows; stack everything otherwise."""
     x, *leaves = operands
     x_dim, *leaf_dims = dims
@@ -220,7 +274,7 @@ def _batch(operands: Any, dims: Any, *, treedef: Any) -> tuple[Array, int]:
         x = jnp.moveaxis(x, x_dim, -3)
         *stack, count, rows, length = x.shape
         folded = x.reshape(*stack, count * rows, length)
-        out = matmul_p.bind(folded, *leaves, treedef=treedef)
+        out = matmul_p.bind(folded, *leaves, treedef=treedef, form=form)
         return out.reshape(*stack, count, rows, out.shape[-1]), len(stack)
     size = next(
         operand.shape[dim]
@@ -233,7 +287,7 @@ def _batch(operands: Any, dims: Any, *, treedef: Any) -> tuple[Array, int]:
         else jnp.moveaxis(operand, dim, 0)
         for operand, dim in zip(operands, dims, strict=True)
     ]
-    return matmul_p.bind(*stacked, treedef=treedef), 0
+    return matmul_p.bind(*stacked, treedef=treedef, form=form), 0
 
 
 batching.primitive_batchers[matmul_p] = _batch

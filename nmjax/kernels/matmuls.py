@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from nmjax.formats import Compressed, FanInArray, NMArray
-from nmjax.kernels import reference
+from nmjax.kernels import native, reference
 from nmjax.kernels.dispatch import compressed_matmul
 from nmjax.typing import FloatArray
 
@@ -42,8 +42,9 @@ def matmul(
       x: inputs, with any number of leading axes.
       w: a compressed array of dense shape ``(K, F)``, or a dense array of that shape,
         which is multiplied as `jax.numpy.matmul` does. Its dtype must be x's.
-      implementation: ``"xla"`` computes in plain XLA operations; ``"pallas"`` asks for
-        a kernel. Default: what `backends` names for the platform.
+      implementation: ``"xla"`` computes in plain XLA operations, ``"native"`` with the
+        native CPU kernels, ``"pallas"`` with a GPU kernel. Default: the fastest that
+        `backends` names for the platform and that serves these arguments.
 
     Returns:
       The product, of x's dtype.
@@ -52,7 +53,8 @@ def matmul(
       ValueError: w is not a matrix, x has another length K, or the implementation
         has no such name.
       TypeError: x and w are not floating arrays of the same dtype.
-      NotImplementedError: the implementation cannot serve these arguments.
+      NotImplementedError: the implementation named cannot serve these arguments; with
+        the reason.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,14 +66,16 @@ def matmul(
       >>> nm.matmul(jnp.array([1.0, 10.0, 100.0, 1000.0]), small["kernel"]).tolist()
       [2010.0, 403.0]
     """
-    _check_implementation(implementation, w)
     _check_operands(x, w)
+    _check_implementation(implementation, x, w)
     if not isinstance(w, Compressed):
         return reference.multiply(x, w)
 
     def product(x: jax.Array, w: Compressed) -> jax.Array:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        return compressed_matmul(rows, w).reshape(*x.shape[:-1], w.shape[-1])
+        return compressed_matmul(rows, w, implementation).reshape(
+            *x.shape[:-1], w.shape[-1]
+        )
 
     out_sharding = _explicit_sharding(x, w)
     if out_sharding is None:
@@ -101,17 +105,23 @@ def backends() -> dict[str, Backend]:
 
     Example:
       >>> import nmjax as nm
-      >>> for platform, backend in nm.backends().items():
-      ...     print(f"{platform}: {backend.implementation}")
-      cpu: xla
-      gpu: xla
-      tpu: xla
+      >>> backends = nm.backends()
+      >>> backends["cpu"].implementation in ("native", "xla")
+      True
+      >>> backends["gpu"].implementation
+      'xla'
     """
+    library = native.load()
+    if library.problem:
+        cpu = Backend("xla", library.problem)
+    else:
+        cpu = Backend(
+            "native",
+            f"{library.instructions} kernels for FanInArray and NMArray where they were "
+            "measured to be fastest, forms in XLA operations elsewhere",
+        )
     return {
-        "cpu": Backend(
-            "xla",
-            "there is no native library yet; the form follows format and batch size",
-        ),
+        "cpu": cpu,
         "gpu": Backend(
             "xla", "there are no Pallas kernels yet; decompresses and multiplies"
         ),
@@ -119,16 +129,24 @@ def backends() -> dict[str, Backend]:
     }
 
 
-def _check_implementation(implementation: str | None, w: Any) -> None:
-    if implementation not in (None, "xla", "pallas"):
+def _check_implementation(implementation: str | None, x: Any, w: Any) -> None:
+    if implementation not in (None, "xla", "native", "pallas"):
         raise ValueError(
-            f"implementation={implementation!r} is not None, 'xla' or 'pallas'"
+            f"implementation={implementation!r} is not None, 'xla', 'native' or "
+            "'pallas'"
         )
     if implementation == "pallas":
         raise NotImplementedError(
             f"implementation='pallas': there is no Pallas kernel for "
             f"{type(w).__name__} yet; use None or 'xla'"
         )
+    if implementation == "native":
+        dense = not isinstance(w, Compressed)
+        reason = "w is a dense array" if dense else native.refusal(x, w)
+        if reason:
+            raise NotImplementedError(
+                f"implementation='native': {reason}; use None or 'xla'"
+            )
 
 
 def _check_operands(x: Any, w: Any) -> None:

@@ -1,0 +1,182 @@
+"""Choosing: which form of a product is fastest on a CPU, by what was measured.
+
+`cpu_forms.json` holds the times of every form relative to dense weights, for many
+layouts, densities and batch sizes; ``benchmarks/matmul.py --section table`` writes it.
+"""
+
+import functools
+import importlib.resources
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array
+
+from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
+from nmjax.kernels import native, reference
+
+FORMS: dict[str, Callable[[Array, Any], Array]] = {
+    "native": native.multiply,
+    "slots": reference.by_slots,
+    "blocks": reference.by_blocks,
+    "decompress": reference.by_decompression,
+}
+"""Ways to multiply x ``(batch, K)`` with a compressed ``(K, F)``."""
+
+
+def refusal(form: str, x: Any, w: Compressed) -> str:
+    """Say why a form does not serve a product; empty where it does.
+
+    Args:
+      form: a key of `FORMS`.
+      x: inputs ``(batch, K)``, an array or its shape and dtype.
+      w: compressed, of dense shape ``(K, F)``.
+
+    Returns:
+      The reason, or an empty string.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> from nmjax.kernels import choosing
+      >>> w = formats.BlockArray.from_dense(jnp.eye(4), 2, 2)
+      >>> choosing.refusal("slots", jnp.ones((1, 4)), w)
+      'slots are those of a FanInArray with neurons in its columns'
+    """
+    if form == "native":
+        return native.refusal(x, w)
+    if form == "slots" and not (isinstance(w, FanInArray) and w.neuron_axes == (-1,)):
+        return "slots are those of a FanInArray with neurons in its columns"
+    if form == "blocks" and not (isinstance(w, BlockArray) and w.axis == -2):
+        return "blocks are those of a BlockArray whose last axis counts outputs"
+    return ""
+
+
+def choose(x: Any, w: Compressed, *, with_native: bool = True) -> str:
+    """Choose the form that was fastest for the most similar product.
+
+    Args:
+      x: inputs ``(batch, K)``, an array or its shape and dtype.
+      w: compressed, of dense shape ``(K, F)``.
+      with_native: whether the native kernels may be chosen.
+
+    Returns:
+      A key of `FORMS`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> from nmjax.kernels import choosing
+      >>> w = formats.FanInArray.from_dense(jnp.eye(4))
+      >>> choosing.choose(jnp.ones((1, 4)), w) in choosing.FORMS
+      True
+    """
+    return min(_served(x, w, with_native).items(), key=lambda pair: pair[1])[0]
+
+
+def relative_time(x: Any, w: Compressed) -> float:
+    """Give the time of the form that `choose` takes, relative to dense weights.
+
+    Args:
+      x: inputs ``(batch, K)``, an array or its shape and dtype.
+      w: compressed, of dense shape ``(K, F)``.
+
+    Returns:
+      Its time as a fraction of that of the dense product of the same dtype; below 1 it
+      is faster. Infinite for a layout that was not measured.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> from nmjax.kernels import choosing
+      >>> w = formats.FanInArray.from_dense(jnp.eye(4))
+      >>> choosing.relative_time(jnp.ones((1, 4)), w) > 0
+      True
+    """
+    return min(_served(x, w, True).values())
+
+
+def _served(x: Any, w: Compressed, with_native: bool) -> dict[str, float]:
+    """Give the relative times of the forms that serve a product."""
+    ratios = {"decompress": math.inf} | _measured(x, w)
+    return {
+        form: ratio
+        for form, ratio in ratios.items()
+        if (with_native or form != "native") and not refusal(form, x, w)
+    }
+
+
+def _measured(x: Any, w: Compressed) -> dict[str, float]:
+    """Find the entry of the table that is most similar to a product."""
+    batch = x.shape[0] if isinstance(x.shape[0], int) else 64  # symbolic in an export
+    layout, values = layout_of(w), str(w.values.dtype)
+    density = w.values.size / max(1, w.size)
+    found = {key[2:]: ratios for key, ratios in table().items() if key[:2] == layout}
+    if not found:
+        return {}
+    # Another dtype of the same width behaves alike.
+    alike = {"float16": "bfloat16", "float8_e4m3fn": "int8", "float8_e5m2": "int8"}
+    wanted = alike.get(values, values)
+    known = {key[0] for key in found}
+    dtype = next(name for name in (wanted, "float32", *known) if name in known)
+
+    def distance(key: tuple[str, float, int]) -> tuple[float, float]:
+        _, measured, rows = key
+        return abs(math.log(measured / density)), abs(math.log(rows / max(1, batch)))
+
+    nearest = min((key for key in found if key[0] == dtype), key=distance)
+    return found[nearest]
+
+
+def layout_of(w: Compressed) -> tuple[str, str]:
+    """Name the format and the layout of an array, as the table does.
+
+    Args:
+      w: a compressed array.
+
+    Returns:
+      ``("FanIn", "")``, ``("NM", "2:4")`` or ``("Block", "16x1")``: outputs x inputs,
+      the most similar size that was measured.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> from nmjax.kernels import choosing
+      >>> choosing.layout_of(formats.NMArray.from_dense(jnp.zeros((4, 2)), 1, 2))
+      ('NM', '1:2')
+    """
+    if isinstance(w, NMArray):
+        return "NM", f"{w.n}:{w.m}"
+    if not isinstance(w, BlockArray):
+        return "FanIn", ""
+    *_, inputs, outputs = w.values.shape
+    sizes = {key[1] for key in table() if key[0] == "Block"}
+
+    def distance(size: str) -> float:
+        high, wide = map(int, size.split("x"))
+        return abs(math.log(high / outputs)) + abs(math.log(wide / inputs))
+
+    return "Block", min(sorted(sizes), key=distance, default="")
+
+
+_Key = tuple[str, str, str, float, int]
+
+
+@functools.cache
+def table() -> dict[_Key, dict[str, float]]:
+    """Read the table.
+
+    Returns:
+      From format, layout, dtype of the values, density and batch to the times of forms
+      relative to dense weights.
+
+    Example:
+      >>> from nmjax.kernels import choosing
+      >>> "native" in choosing.table()["FanIn", "", "float32", 0.1, 1]
+      True
+    """
+    text = importlib.resources.files("nmjax.kernels").joinpath("cpu_forms.json")
+    rows = json.loads(text.read_text())["rows"]
+    names = ("format", "layout", "values", "density", "batch")
+    return {tuple(row[name] for name in names): row["ratios"] for row in rows}

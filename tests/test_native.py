@@ -1,0 +1,338 @@
+"""The native CPU kernels beside a float64 oracle, and where they may be used."""
+
+import dataclasses
+import itertools
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import nmjax as nm
+from nmjax import formats
+from nmjax.kernels import choosing, dispatch, native
+
+built = pytest.mark.skipif(
+    bool(native.load().problem) and shutil.which("c++") is None,
+    reason="no C++ compiler: the native library is optional",
+)
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values, jnp.float32).astype(dtype)
+
+
+def grouped(n, m, shape, dtype=jnp.float32, seed=0):
+    weights = normal(seed, shape, dtype)
+    kept = jnp.where(nm.nm_mask(weights, n, m), weights, 0)
+    return formats.NMArray.from_dense(kept, n, m)
+
+
+def condensed(k, shape, dtype=jnp.float32, seed=0, ablated=()):
+    weights = normal(seed, shape, dtype)
+    mask = nm.fan_in_mask(weights, k)
+    if ablated:
+        mask = mask.at[:, jnp.array(ablated)].set(False)
+    return formats.FanInArray.from_dense(jnp.where(mask, weights, 0), mask=mask)
+
+
+def exact(w):
+    """Give the dense weights in float64, without rounding scaled values."""
+    if w.scales is None:
+        return np.asarray(w.todense(), np.float64)
+    values = np.asarray(w.values, np.float64) * np.asarray(w.scales, np.float64)
+    with jax.enable_x64(True):
+        return np.asarray(w.place(jnp.asarray(values)))
+
+
+def has(instructions):
+    best = native.INSTRUCTIONS.index(native.load().instructions)
+    return native.INSTRUCTIONS.index(instructions) >= best
+
+
+# Values -----------------------------------------------------------------------------
+
+ARRAYS = {
+    "uint8 indices": lambda dtype: condensed(7, (60, 24), dtype),
+    "uint16 indices": lambda dtype: condensed(21, (300, 17), dtype, ablated=(0, 9)),
+    "uint32 indices": lambda dtype: _wide_indices(dtype),
+    "one input": lambda dtype: condensed(1, (20, 3), dtype),
+    **{
+        f"{n}:{m}": lambda dtype, n=n, m=m: grouped(n, m, (m * 41, 5), dtype)
+        for n, m in [
+            (1, 2),
+            (2, 4),
+            (1, 4),
+            (3, 4),
+            (4, 8),
+            (2, 8),
+            (1, 8),
+            (4, 16),
+            (1, 16),
+            (5, 20),
+        ]
+    },
+}
+
+
+def _wide_indices(dtype):
+    small = condensed(9, (50, 12), dtype)
+    return dataclasses.replace(small, indices=small.indices.astype(jnp.uint32))
+
+
+@built
+@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_kernel_equals_an_oracle(instructions, dtype):
+    if not has(instructions):
+        pytest.skip(f"this processor has no {instructions}")
+    tolerance = 1e-5 if dtype == jnp.float32 else 8e-3
+    for (name, make), quantized in itertools.product(ARRAYS.items(), (False, True)):
+        w = make(dtype)
+        w = formats.quantize(w) if quantized else w
+        dense = exact(w)
+        for batch in (1, 2, 5, 8, 13, 70):
+            x = normal(1, (batch, w.shape[0]), dtype)
+            found = native.multiply(x, w, instructions)
+            assert found.dtype == dtype and found.shape == (batch, w.shape[1])
+            expected = np.asarray(x, np.float64) @ dense
+            error = np.abs(np.asarray(found, np.float64) - expected).max()
+            limit = tolerance * max(1.0, np.abs(expected).max())
+            assert error <= limit, (name, quantized, batch, error)
+
+
+@built
+def test_there_is_a_library_where_there_is_a_compiler():
+    library = native.load()
+    assert library.problem == "" and library.instructions in native.INSTRUCTIONS
+    backend = nm.backends()["cpu"]
+    assert backend.implementation == "native"
+    assert library.instructions in backend.reason
+
+
+@built
+def test_no_rows_and_nan_are_multiplied_as_they_are():
+    w = condensed(3, (16, 8))
+    assert native.multiply(jnp.zeros((0, 16)), w).shape == (0, 8)
+    x = jnp.zeros((1, 16)).at[0, int(w.indices[2, 0])].set(jnp.nan)
+    found = np.asarray(native.multiply(x, w))[0]
+    reached = (np.asarray(w.indices) == int(w.indices[2, 0])).any(1)
+    np.testing.assert_array_equal(np.isnan(found), reached)
+
+
+@built
+def test_results_do_not_depend_on_the_number_of_threads():
+    script = """
+import jax.numpy as jnp, numpy as np
+from nmjax import formats
+from nmjax.kernels import native
+rng = np.random.default_rng(0)
+keep = np.argsort(rng.random((256, 512)), 0) < 40
+w = formats.FanInArray.from_dense(jnp.asarray(keep * rng.normal(size=keep.shape), "f4"))
+x = jnp.asarray(rng.normal(size=(9, 256)), jnp.float32)
+print(np.asarray(native.multiply(x, w)).tobytes().hex())
+"""
+    # Each process may use other cores, and so has another number of threads.
+    outputs = set()
+    for pinned in (["taskset", "-c", "0"], []):
+        if pinned and shutil.which("taskset") is None:
+            pytest.skip("taskset is not there to take cores away")
+        run = subprocess.run(
+            [*pinned, sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        outputs.add(run.stdout)
+    assert len(outputs) == 1
+
+
+# Transformations ---------------------------------------------------------------------
+
+KINDS = {"fan_in": lambda seed=0: condensed(4, (16, 12), seed=seed, ablated=(3,))}
+KINDS["nm"] = lambda seed=0: grouped(2, 4, (16, 12), seed=seed)
+
+
+def product(x, w):
+    return nm.matmul(x, w, implementation="native")
+
+
+def calls(function, *arguments):
+    """Count the native calls in a compiled function."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert text is not None
+    return text.count('custom_call_target="nmjax_')
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@built
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_works_in_jit_grad_cond_scan_and_vmap(kind):
+    w, x = KINDS[kind](), normal(1, (3, 16))
+    dense = w.todense()
+    assert calls(product, x, w) == 1
+    close(product(x, w), x @ dense)
+
+    def loss(multiply, x, w):
+        return jnp.sum(jnp.sin(multiply(x, w)))
+
+    close(jax.grad(loss, 1)(product, x, w), jax.grad(loss, 1)(jnp.matmul, x, dense))
+    branch = lax.cond(x[0, 0] > 0, product, lambda x, w: -product(x, w), x, w)
+    close(jnp.abs(branch), jnp.abs(x @ dense))
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *[KINDS[kind](s) for s in range(3)])
+    _, scanned = lax.scan(lambda _, w: (None, product(x, w)), None, stack)
+    close(scanned, x @ stack.todense())
+    close(jax.vmap(product, (None, 0))(x, stack), x @ stack.todense())
+    close(
+        jax.vmap(product, (0, None))(jnp.stack([x, 2 * x]), w),
+        [x @ dense] * 1 + [2 * x @ dense],
+    )
+    nested = jax.vmap(jax.vmap(product, (None, 0)), (0, None))(
+        jnp.stack([x, -x]), stack
+    )
+    close(nested, jnp.stack([x @ stack.todense(), -x @ stack.todense()]))
+
+
+@built
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_works_under_shard_map_and_gives_way_to_the_partitioner(kind):
+    w, x = KINDS[kind](), normal(1, (8, 16))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = jax.NamedSharding(mesh, P("data"))
+    mapped = jax.shard_map(
+        product, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+    )
+    assert calls(mapped, jax.device_put(x, rows), w) == 1
+    close(jax.jit(mapped)(x, w), x @ w.todense())
+    sharded = jax.device_put(x, rows)
+    spread = jax.device_put(w, jax.NamedSharding(mesh, P()))
+    assert calls(nm.matmul, sharded, spread) == 0
+    close(jax.jit(nm.matmul)(sharded, spread), x @ w.todense())
+    with pytest.raises(NotImplementedError, match="over 8 devices; call it under"):
+        jax.jit(product)(sharded, spread)
+
+
+@built
+def test_many_devices_at_once_do_not_wait_for_each_other():
+    w, x = KINDS["fan_in"](), normal(1, (64, 16))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    step = jax.jit(
+        jax.shard_map(
+            product, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+        )
+    )
+    for _ in range(50):
+        found = step(x, w)
+    close(found, x @ w.todense())
+
+
+def test_exported_programs_do_not_need_the_library():
+    w, x = KINDS["fan_in"](), normal(1, (1, 16))
+    exported = export.export(jax.jit(nm.matmul), platforms=["cpu", "cuda"])(x, w)
+    assert "nmjax_fan_in" not in exported.mlir_module()
+    close(export.deserialize(exported.serialize()).call(x, w), x @ w.todense())
+
+
+@built
+def test_a_named_native_kernel_that_cannot_serve_says_why():
+    w, x = KINDS["fan_in"](), normal(1, (1, 16))
+    with pytest.raises(
+        NotImplementedError, match="exported program has to run without"
+    ):
+        export.export(jax.jit(product))(x, w)
+    with pytest.raises(NotImplementedError, match="serves CPUs only"):
+        jax.jit(product).trace(x, w).lower(lowering_platforms=("cuda",))
+    with pytest.raises(NotImplementedError, match="w is a dense array"):
+        product(x, w.todense())
+    with pytest.raises(NotImplementedError, match="inputs, not float16"):
+        product(x.astype(jnp.float16), w.astype(jnp.float16))
+    with pytest.raises(NotImplementedError, match="not float8_e4m3fn"):
+        product(x, formats.quantize(w, jnp.float8_e4m3fn))
+    with pytest.raises(NotImplementedError, match="neurons in the columns"):
+        product(normal(1, (1, 12)), w.T)
+    with pytest.raises(NotImplementedError, match="no native kernel for BlockArray"):
+        product(x, formats.BlockArray.from_dense(jnp.eye(16), 2, 2))
+    with pytest.raises(ValueError, match="implementation='fast' is not None"):
+        nm.matmul(x, w, implementation="fast")
+
+
+# Choosing ---------------------------------------------------------------------------
+
+
+def test_the_table_is_whole():
+    found = choosing.table()
+    assert {key[0] for key in found} == {"FanIn", "NM", "Block"}
+    for ratios in found.values():
+        assert set(ratios) <= set(choosing.FORMS) and "decompress" in ratios
+        assert all(ratio > 0 for ratio in ratios.values())
+
+
+@built
+def test_the_fastest_measured_form_that_serves_is_chosen(monkeypatch):
+    rows = {
+        ("FanIn", "", "float32", 0.1, 1): {
+            "native": 0.2,
+            "slots": 0.8,
+            "decompress": 3,
+        },
+        ("FanIn", "", "float32", 0.1, 64): {
+            "native": 0.5,
+            "slots": 0.4,
+            "decompress": 2,
+        },
+        ("FanIn", "", "float32", 0.5, 64): {"native": 2, "slots": 3, "decompress": 1.5},
+        ("NM", "2:4", "float32", 0.5, 1): {"native": 0.6, "decompress": 4},
+        ("Block", "16x1", "float32", 0.1, 1): {"blocks": 0.1, "decompress": 2},
+        ("Block", "32x32", "float32", 0.1, 1): {"blocks": 1.4, "decompress": 1.3},
+    }
+    monkeypatch.setattr(choosing, "table", lambda: rows)
+    w = condensed(2, (20, 8))
+    one, many = jnp.ones((1, 20)), jnp.ones((100, 20))
+    assert choosing.choose(one, w) == "native"
+    assert choosing.choose(one, w, with_native=False) == "slots"
+    assert choosing.choose(many, w) == "slots"
+    assert choosing.relative_time(many, w) == 0.4
+    assert choosing.choose(many, condensed(10, (20, 8))) == "decompress"
+    half = condensed(2, (20, 8), jnp.float16)
+    assert choosing.choose(one.astype(jnp.float16), half) == "slots"
+    assert choosing.choose(one, grouped(2, 4, (20, 8))) == "native"
+    other = grouped(2, 5, (20, 8))
+    assert choosing.choose(one, other) == "decompress"
+    assert choosing.relative_time(one, other) == np.inf
+    lines = formats.BlockArray.from_dense(jnp.eye(20, 8), 8, 1)
+    squares = formats.BlockArray.from_dense(jnp.ones((32, 32)), 16, 16)
+    assert choosing.choose(one, lines) == "blocks"
+    assert choosing.choose(jnp.ones((1, 32)), squares) == "decompress"
+
+
+def test_a_missing_library_leaves_the_forms_in_xla(monkeypatch):
+    missing = native.Library("", "the native library was not built: for a test")
+    monkeypatch.setattr(native, "load", lambda: missing)
+    jax.clear_caches()
+    w, x = condensed(2, (24, 8)), jnp.ones((1, 24))
+    close(nm.matmul(x, w), x @ w.todense())
+    assert nm.backends()["cpu"] == ("xla", missing.problem)
+    with pytest.raises(NotImplementedError, match="was not built: for a test"):
+        product(x, w)
+    jax.clear_caches()
+
+
+def test_dispatch_uses_the_native_kernel_where_the_table_says_so(monkeypatch):
+    w, x = KINDS["nm"](), normal(1, (1, 16))
+    for ratio, count in ((0.5, 1), (5.0, 0)):
+        rows = {("NM", "2:4", "float32", 0.5, 1): {"native": ratio, "decompress": 1.0}}
+        monkeypatch.setattr(choosing, "table", lambda rows=rows: rows)
+        jax.clear_caches()
+        expected = 0 if native.load().problem else count
+        assert calls(lambda x, w: dispatch.compressed_matmul(x, w), x, w) == expected
+    jax.clear_caches()
