@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from nmjax.formats import Compressed
-from nmjax.kernels.contractions import dot_general
+from nmjax.kernels import dot_general
 
 MULTIPLY_ADVICE = "multiply with nm.matmul or nm.dot_general, or call .todense(), there"
 DENSE_ADVICE = "give it a dense leaf, nm.decompress(leaf)"

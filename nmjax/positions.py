@@ -31,8 +31,8 @@ def random_inputs(
       >>> import jax
       >>> from nmjax import positions
       >>> positions.random_inputs(jax.random.key(0), inputs=8, outputs=2, fan_in=3)
-      Array([[0, 4, 6],
-             [3, 5, 7]], dtype=uint8)
+      Array([[2, 5, 6],
+             [1, 3, 5]], dtype=uint8)
     """
     if not 1 <= fan_in <= inputs:
         raise ValueError(f"fan_in={fan_in} is not between 1 and the {inputs} inputs")

@@ -15,7 +15,7 @@ from flax.core import meta
 
 from nmjax import operands
 from nmjax.formats import is_compressed
-from nmjax.kernels.contractions import conv_general_dilated, dot_general
+from nmjax.kernels import conv_general_dilated, dot_general
 from nmjax.operands import (
     DENSE_ADVICE,
     MULTIPLY_ADVICE,

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from nmjax.formats import is_compressed
-from nmjax.kernels.contractions import conv_general_dilated, dot_general
+from nmjax.kernels import conv_general_dilated, dot_general
 from nmjax.operands import DENSE_ADVICE, cast_alike, einsum
 
 # What a layer multiplies with: attribute, what Flax has there, what takes its place.

@@ -11,7 +11,7 @@ from nmjax import compression, formats
 from nmjax.formats import is_compressed
 from nmjax.nnx.adapting import adapt, check_adaptable, restore, wrapping_norm
 from nmjax.nnx.variables import CompressedParam, is_parameter
-from nmjax.operands import DENSE_ADVICE, Origin
+from nmjax.operands import DENSE_ADVICE, Origin, unguarded
 from nmjax.paths import is_masked, path_name
 from nmjax.plans import Plan
 from nmjax.typing import Masks, Params
@@ -117,7 +117,7 @@ def load(model: Model, params: Params) -> Model:
     graph = list(nnx.iter_graph(model))
     nodes = {_join(path): node for path, node in graph}
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
-    leaves = {path_name(key_path): leaf for key_path, leaf in flat}
+    leaves = {path_name(key_path): _plain(leaf) for key_path, leaf in flat}
     for path, leaf in leaves.items():
         _check_leaf(path, leaf, nodes, model)
     small = {
@@ -166,12 +166,20 @@ def decompress(model: Model) -> Model:
     return load(model, formats.decompress(nnx.state(model, CompressedParam)))
 
 
+def _plain(leaf: Any) -> Any:
+    """Give a leaf as it is stored: one that was read from a model has a guard."""
+    return unguarded(leaf) if is_compressed(leaf) else leaf
+
+
 def _put(leaf: Any, node: Any, owner: Any, key: Any) -> None:
     """Put a leaf into a variable, or in place of an array that is in none."""
     if isinstance(node, nnx.Variable):
-        if is_compressed(leaf) or isinstance(node, CompressedParam):
-            kind = CompressedParam if is_compressed(leaf) else nnx.Param
-            object.__setattr__(node, "__class__", kind)
+        if is_compressed(leaf):
+            object.__setattr__(node, "__class__", CompressedParam)
+        elif isinstance(node, CompressedParam):
+            object.__setattr__(node, "__class__", nnx.Param)
+            for name in ("origin", "reads_dense"):
+                node.del_metadata(name)
         node.set_raw_value(leaf)
     elif isinstance(owner, nnx.Module):
         setattr(owner, key, leaf)
@@ -202,7 +210,7 @@ def _check_leaf(path: str, leaf: Any, nodes: dict[str, Any], model: Any) -> None
             f"leaf {path!r} is compressed, but {type(variable).__name__} in the model: "
             f"only nnx.Param can be; {DENSE_ADVICE}"
         )
-    if norm := wrapping_norm(path, nodes):
+    if (norm := wrapping_norm(path, nodes)) is not None:
         raise TypeError(
             f"{_title(norm, nodes)} normalizes the weights of its layer, and leaf "
             f"{path!r} is compressed: {DENSE_ADVICE}"
