@@ -315,7 +315,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=15, help="timings of each")
     options = parser.parse_args(arguments)
     if options.smoke:
-        small = {"width": 16, "heads": 2, "layers": 1, "epochs": 1, "vocabulary": 100}
+        small = {"width": 8, "heads": 2, "layers": 1, "epochs": 1, "vocabulary": 100}
         small |= {"delta_t": 2, "log_every": 2, "rounds": 2, "batches": [1, 2]}
         vars(options).update(small)
     return options

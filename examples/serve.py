@@ -48,6 +48,7 @@ def serve_http(engine: Engine, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM, then print the latencies."""
 
     def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
