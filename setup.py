@@ -1,4 +1,6 @@
-"""Build the native CPU kernels, if there is a C++ compiler; all else: pyproject.toml."""
+"""Build the native CPU kernels where there is a compiler. All else: pyproject.toml."""
+
+from typing import Any
 
 import jax
 from setuptools import Extension, setup
@@ -8,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 class BuildLibrary(build_ext):
     """Build a plain shared library: it is loaded by ctypes and knows no Python."""
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
+    def get_export_symbols(self, ext: Any) -> list[str]:
         """Export what the sources export, and no function that makes a module."""
         return ext.export_symbols
 

@@ -198,7 +198,7 @@ class Benchmark:
     def table(self) -> None:
         """Time what dispatch can choose from."""
         scale = self.scale
-        names = ("dense", "masked dense", "nmjax", "native", "decompress")
+        names = ("dense", "masked dense", "nmjax", "native", "expand", "decompress")
 
         def case(*layout: Any, values: str = "float32") -> Case:
             # Twice as many layers in half the bytes exceed the cache too.

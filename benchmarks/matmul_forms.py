@@ -17,7 +17,7 @@ import timing
 from matmul_cases import Case, Form, Unavailable, Weights, chain_of, nbytes, short
 
 import nmjax as nm
-from nmjax.kernels import reference
+from nmjax.kernels import native, reference
 
 BASE = "dense float32"
 """The form that all ratios are taken to, whatever the dtype of the values is."""
@@ -46,6 +46,7 @@ PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
     "nmjax": nm.matmul,
     "xla": partial(nm.matmul, implementation="xla"),
     "native": partial(nm.matmul, implementation="native"),
+    "expand": native.multiply_expanded,
     "slots": reference.by_slots,
     "blocks": reference.by_blocks,
     "decompress": reference.by_decompression,
@@ -123,7 +124,7 @@ def forms_of(
             found[name] = short(error)
             continue
         except (TypeError, ValueError) as error:
-            if not name.startswith("native"):
+            if not name.startswith(("native", "expand")):
                 raise
             found[name] = short(error)
             continue

@@ -29,7 +29,7 @@ CELL = ("section", "layers", "format", "layout", "density", "values", "batch")
 LAYOUT = ("format", "layout", "values", "density")
 """Keys of a line of the table of best forms."""
 
-PICKS = ("native", "slots", "blocks", "decompress")
+PICKS = ("native", "expand", "slots", "blocks", "decompress")
 """Forms that dispatch can choose from."""
 
 

@@ -1,7 +1,7 @@
 """The native CPU kernels beside a float64 oracle, and where they may be used."""
 
 import dataclasses
-import itertools
+import functools
 import shutil
 import subprocess
 import sys
@@ -29,27 +29,26 @@ def normal(seed, shape, dtype=jnp.float32):
     return jnp.asarray(values, jnp.float32).astype(dtype)
 
 
-def grouped(n, m, shape, dtype=jnp.float32, seed=0):
-    weights = normal(seed, shape, dtype)
+def grouped(n, m, shape, seed=0):
+    weights = normal(seed, shape)
     kept = jnp.where(nm.nm_mask(weights, n, m), weights, 0)
     return formats.NMArray.from_dense(kept, n, m)
 
 
-def condensed(k, shape, dtype=jnp.float32, seed=0, ablated=()):
-    weights = normal(seed, shape, dtype)
+def condensed(k, shape, seed=0, ablated=()):
+    weights = normal(seed, shape)
     mask = nm.fan_in_mask(weights, k)
     if ablated:
         mask = mask.at[:, jnp.array(ablated)].set(False)
     return formats.FanInArray.from_dense(jnp.where(mask, weights, 0), mask=mask)
 
 
-def exact(w):
-    """Give the dense weights in float64, without rounding scaled values."""
-    if w.scales is None:
-        return np.asarray(w.todense(), np.float64)
-    values = np.asarray(w.values, np.float64) * np.asarray(w.scales, np.float64)
-    with jax.enable_x64(True):
-        return np.asarray(w.place(jnp.asarray(values)))
+def blocked(outputs, inputs, shape, seed=0):
+    weights = normal(seed, shape)
+    count = max(1, weights.size // (outputs * inputs) // 5)
+    mask = nm.block_mask(jnp.abs(weights), count, (inputs, outputs))
+    kept = jnp.where(mask, weights, 0)
+    return formats.BlockArray.from_dense(kept, outputs, inputs, mask=mask)
 
 
 def has(instructions):
@@ -59,53 +58,78 @@ def has(instructions):
 
 # Values -----------------------------------------------------------------------------
 
-ARRAYS = {
-    "uint8 indices": lambda dtype: condensed(7, (60, 24), dtype),
-    "uint16 indices": lambda dtype: condensed(21, (300, 17), dtype, ablated=(0, 9)),
-    "uint32 indices": lambda dtype: _wide_indices(dtype),
-    "one input": lambda dtype: condensed(1, (20, 3), dtype),
-    **{
-        f"{n}:{m}": lambda dtype, n=n, m=m: grouped(n, m, (m * 41, 5), dtype)
-        for n, m in [
-            (1, 2),
-            (2, 4),
-            (1, 4),
-            (3, 4),
-            (4, 8),
-            (2, 8),
-            (1, 8),
-            (4, 16),
-            (1, 16),
-            (5, 20),
-        ]
-    },
-}
+PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (1, 8), (4, 16), (1, 16), (5, 20)]
+SIZES = [(4, 1), (16, 1), (1, 16), (8, 3), (5, 2), (1, 1)]
+BATCHES = (1, 2, 5, 13, 70)
 
 
-def _wide_indices(dtype):
-    small = condensed(9, (50, 12), dtype)
-    return dataclasses.replace(small, indices=small.indices.astype(jnp.uint32))
+@functools.cache
+def every_array():
+    """Make an array of every kind; each has lengths that leave remainders."""
+    wide = condensed(9, (50, 12))
+    return [
+        condensed(7, (60, 24)),
+        condensed(21, (300, 17), ablated=(0, 9)),
+        dataclasses.replace(wide, indices=wide.indices.astype(jnp.uint32)),
+        condensed(1, (20, 3)),
+        *(grouped(n, m, (m * 41, 5)) for n, m in PATTERNS),
+        *(blocked(outputs, inputs, (48, 80)) for outputs, inputs in SIZES),
+    ]
+
+
+def inputs_for(arrays, dtype):
+    return [
+        [normal(batch, (batch, w.shape[0]), dtype) for batch in BATCHES] for w in arrays
+    ]
+
+
+@jax.jit
+def dense_of(arrays):
+    """Give dense weights as they are, and with scaled values that are not rounded."""
+    exact = [
+        w.todense()
+        if w.scales is None
+        else w.place(w.values.astype(jnp.float32) * w.scales.astype(jnp.float32))
+        for w in arrays
+    ]
+    return [w.todense() for w in arrays], exact
+
+
+def assert_products(found, dense, inputs, dtype):
+    tolerance = 1e-5 if dtype == jnp.float32 else 8e-3
+    for w, xs, outs in zip(dense, inputs, found, strict=True):
+        for x, out in zip(xs, outs, strict=True):
+            assert out.dtype == dtype and out.shape == (x.shape[0], w.shape[1])
+            expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+            error = np.abs(np.asarray(out, np.float64) - expected).max()
+            assert error <= tolerance * max(1, np.abs(expected).max()), (w, x.shape)
 
 
 @built
-@pytest.mark.parametrize("instructions", native.INSTRUCTIONS)
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_kernel_equals_an_oracle(instructions, dtype):
-    if not has(instructions):
-        pytest.skip(f"this processor has no {instructions}")
-    tolerance = 1e-5 if dtype == jnp.float32 else 8e-3
-    for (name, make), quantized in itertools.product(ARRAYS.items(), (False, True)):
-        w = make(dtype)
-        w = formats.quantize(w) if quantized else w
-        dense = exact(w)
-        for batch in (1, 2, 5, 8, 13, 70):
-            x = normal(1, (batch, w.shape[0]), dtype)
-            found = native.multiply(x, w, instructions)
-            assert found.dtype == dtype and found.shape == (batch, w.shape[1])
-            expected = np.asarray(x, np.float64) @ dense
-            error = np.abs(np.asarray(found, np.float64) - expected).max()
-            limit = tolerance * max(1.0, np.abs(expected).max())
-            assert error <= limit, (name, quantized, batch, error)
+def test_every_kernel_equals_an_oracle(dtype, quantized):
+    arrays = [w.astype(dtype) for w in every_array()]
+    if quantized:
+        arrays = [formats.quantize(w) for w in arrays]
+    inputs = inputs_for(arrays, dtype)
+    rounded, exact = dense_of(arrays)
+    sets = [name for name in native.INSTRUCTIONS if has(name)]
+
+    @jax.jit  # one function for all: compilation is what takes long
+    def run(arrays, inputs):
+        def each(multiply):
+            pairs = zip(arrays, inputs, strict=True)
+            return [[multiply(x, w) for x in xs] for w, xs in pairs]
+
+        kernels = (functools.partial(native.multiply, instructions=s) for s in sets)
+        return [each(kernel) for kernel in kernels], each(native.multiply_expanded)
+
+    by_set, expanded = run(arrays, inputs)
+    for found in by_set:
+        assert_products(found, exact, inputs, dtype)
+    # These dense weights are rounded to their dtype before they are multiplied.
+    assert_products(expanded, rounded, inputs, dtype)
 
 
 @built
@@ -158,6 +182,7 @@ print(np.asarray(native.multiply(x, w)).tobytes().hex())
 
 KINDS = {"fan_in": lambda seed=0: condensed(4, (16, 12), seed=seed, ablated=(3,))}
 KINDS["nm"] = lambda seed=0: grouped(2, 4, (16, 12), seed=seed)
+KINDS["block"] = lambda seed=0: blocked(4, 2, (16, 12), seed=seed)
 
 
 def product(x, w):
@@ -260,8 +285,8 @@ def test_a_named_native_kernel_that_cannot_serve_says_why():
         product(x, formats.quantize(w, jnp.float8_e4m3fn))
     with pytest.raises(NotImplementedError, match="neurons in the columns"):
         product(normal(1, (1, 12)), w.T)
-    with pytest.raises(NotImplementedError, match="no native kernel for BlockArray"):
-        product(x, formats.BlockArray.from_dense(jnp.eye(16), 2, 2))
+    with pytest.raises(NotImplementedError, match="groups along the inputs"):
+        product(x, formats.NMArray.from_dense(jnp.zeros((16, 4)), 2, 4, -1))
     with pytest.raises(ValueError, match="implementation='fast' is not None"):
         nm.matmul(x, w, implementation="fast")
 
@@ -283,16 +308,16 @@ def test_the_fastest_measured_form_that_serves_is_chosen(monkeypatch):
         ("FanIn", "", "float32", 0.1, 1): {
             "native": 0.2,
             "slots": 0.8,
-            "decompress": 3,
+            "decompress": 3.0,
         },
         ("FanIn", "", "float32", 0.1, 64): {
             "native": 0.5,
             "slots": 0.4,
-            "decompress": 2,
+            "decompress": 2.0,
         },
-        ("FanIn", "", "float32", 0.5, 64): {"native": 2, "slots": 3, "decompress": 1.5},
-        ("NM", "2:4", "float32", 0.5, 1): {"native": 0.6, "decompress": 4},
-        ("Block", "16x1", "float32", 0.1, 1): {"blocks": 0.1, "decompress": 2},
+        ("FanIn", "", "float32", 0.5, 64): {"native": 2.0, "expand": 1.2, "slots": 3.0},
+        ("NM", "2:4", "float32", 0.5, 1): {"native": 0.6, "decompress": 4.0},
+        ("Block", "16x1", "float32", 0.1, 1): {"blocks": 0.1, "decompress": 2.0},
         ("Block", "32x32", "float32", 0.1, 1): {"blocks": 1.4, "decompress": 1.3},
     }
     monkeypatch.setattr(choosing, "table", lambda: rows)
@@ -302,8 +327,10 @@ def test_the_fastest_measured_form_that_serves_is_chosen(monkeypatch):
     assert choosing.choose(one, w, with_native=False) == "slots"
     assert choosing.choose(many, w) == "slots"
     assert choosing.relative_time(many, w) == 0.4
-    assert choosing.choose(many, condensed(10, (20, 8))) == "decompress"
-    half = condensed(2, (20, 8), jnp.float16)
+    assert choosing.choose(many, condensed(10, (20, 8))) == "expand"
+    found = choosing.choose(many, condensed(10, (20, 8)), with_native=False)
+    assert found == "slots"
+    half = condensed(2, (20, 8)).astype(jnp.float16)
     assert choosing.choose(one.astype(jnp.float16), half) == "slots"
     assert choosing.choose(one, grouped(2, 4, (20, 8))) == "native"
     other = grouped(2, 5, (20, 8))

@@ -18,11 +18,16 @@ from nmjax.kernels import native, reference
 
 FORMS: dict[str, Callable[[Array, Any], Array]] = {
     "native": native.multiply,
+    "expand": native.multiply_expanded,
     "slots": reference.by_slots,
     "blocks": reference.by_blocks,
     "decompress": reference.by_decompression,
 }
 """Ways to multiply x ``(batch, K)`` with a compressed ``(K, F)``."""
+
+
+NATIVE = ("native", "expand")
+"""Those that need the native library."""
 
 
 def refusal(form: str, x: Any, w: Compressed) -> str:
@@ -44,7 +49,7 @@ def refusal(form: str, x: Any, w: Compressed) -> str:
       >>> choosing.refusal("slots", jnp.ones((1, 4)), w)
       'slots are those of a FanInArray with neurons in its columns'
     """
-    if form == "native":
+    if form in NATIVE:
         return native.refusal(x, w)
     if form == "slots" and not (isinstance(w, FanInArray) and w.neuron_axes == (-1,)):
         return "slots are those of a FanInArray with neurons in its columns"
@@ -103,7 +108,7 @@ def _served(x: Any, w: Compressed, with_native: bool) -> dict[str, float]:
     return {
         form: ratio
         for form, ratio in ratios.items()
-        if (with_native or form != "native") and not refusal(form, x, w)
+        if (with_native or form not in NATIVE) and not refusal(form, x, w)
     }
 
 

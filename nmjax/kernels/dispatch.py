@@ -220,7 +220,7 @@ def _jvp(
         leaves[which] = dleaves[which]
         terms.append(matmul_p.bind(x, *leaves, treedef=treedef, form=form))
     if not terms:
-        return out, ad.Zero.from_primal_value(out)
+        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
     return out, sum(terms[1:], terms[0])
 
 

@@ -117,8 +117,8 @@ def backends() -> dict[str, Backend]:
     else:
         cpu = Backend(
             "native",
-            f"{library.instructions} kernels for FanInArray and NMArray where they were "
-            "measured to be fastest, forms in XLA operations elsewhere",
+            f"{library.instructions} kernels where they were measured to be fastest, "
+            "forms in XLA operations elsewhere",
         )
     return {
         "cpu": cpu,

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
-from nmjax.formats import Compressed, FanInArray, NMArray
+from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
 from nmjax.formats.packing import code_bits
 
 INSTRUCTIONS = ("avx512", "avx2", "portable")
@@ -58,9 +59,10 @@ def load() -> Library:
         )
     try:
         library = ctypes.CDLL(str(path))
-        for name in ("nmjax_fan_in", "nmjax_grouped"):
-            capsule = jax.ffi.pycapsule(getattr(library, name))
-            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+        for name in ("fan_in", "grouped", "blocks"):
+            for handler in (f"nmjax_{name}", f"nmjax_expand_{name}"):
+                capsule = jax.ffi.pycapsule(getattr(library, handler))
+                jax.ffi.register_ffi_target(handler, capsule, platform="cpu")
         library.nmjax_instructions.restype = ctypes.c_char_p
         return Library(library.nmjax_instructions().decode(), "")
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
@@ -85,19 +87,16 @@ def refusal(x: Any, w: Compressed) -> str:
       >>> import jax.numpy as jnp
       >>> from nmjax import formats
       >>> from nmjax.kernels import native
-      >>> w = formats.BlockArray.from_dense(jnp.eye(4), 2, 2)
-      >>> native.refusal(jnp.ones((1, 4)), w)
-      'there is no native kernel for BlockArray'
+      >>> w = formats.FanInArray.from_dense(jnp.eye(4))
+      >>> native.refusal(jnp.ones((1, 4), jnp.float16), w)
+      'the native kernels take float32 and bfloat16 inputs, not float16'
     """
-    name = type(w).__name__
-    if isinstance(w, FanInArray):
-        if w.neuron_axes != (-1,):
-            return "the native kernel wants neurons in the columns of a FanInArray"
-    elif isinstance(w, NMArray):
-        if w.axis != -2:
-            return "the native kernel wants groups along the inputs of an NMArray"
-    else:
-        return f"there is no native kernel for {name}"
+    if isinstance(w, FanInArray) and w.neuron_axes != (-1,):
+        return "the native kernels want neurons in the columns of a FanInArray"
+    if isinstance(w, NMArray) and w.axis != -2:
+        return "the native kernels want groups along the inputs of an NMArray"
+    if isinstance(w, BlockArray) and w.axis != -2:
+        return "the native kernels want outputs in the last axis of a BlockArray"
     if str(x.dtype) not in _FLOATS:
         return f"the native kernels take float32 and bfloat16 inputs, not {x.dtype}"
     stored = str(w.values.dtype)
@@ -109,7 +108,7 @@ def refusal(x: Any, w: Compressed) -> str:
 
 
 def multiply(
-    x: Float[Array, "batch K"], w: FanInArray | NMArray, instructions: str = ""
+    x: Float[Array, "batch K"], w: Compressed, instructions: str = ""
 ) -> Float[Array, "batch F"]:
     """Multiply with the native kernel of a format.
 
@@ -136,19 +135,65 @@ def multiply(
     """
     if problem := refusal(x, w):
         raise NotImplementedError(problem)
+    name, operands, options = _call_of(w)
     shape = jax.typeof(x).update(shape=(x.shape[0], w.shape[-1]))
+    call = jax.ffi.ffi_call(f"nmjax_{name}", shape, vmap_method="broadcast_all")
+    return call(x, *operands, **options, instructions=instructions)
+
+
+def multiply_expanded(
+    x: Float[Array, "batch K"], w: Compressed
+) -> Float[Array, "batch F"]:
+    """Decompress with a native kernel and multiply the dense weights in XLA.
+
+    Args:
+      x: inputs, float32 or bfloat16.
+      w: a matrix that `refusal` has nothing against.
+
+    Returns:
+      The product, summed in float32.
+
+    Raises:
+      NotImplementedError: what `refusal` says.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax import formats
+      >>> from nmjax.kernels import native
+      >>> w = formats.FanInArray.from_dense(jnp.array([[0.0, 2.0], [1.0, 0.0]]))
+      >>> x = jnp.array([[3.0, 5.0]])
+      >>> missing = bool(native.load().problem)
+      >>> (x @ w.todense() if missing else native.multiply_expanded(x, w)).tolist()
+      [[5.0, 6.0]]
+    """
+    if problem := refusal(x, w):
+        raise NotImplementedError(problem)
+    name, operands, options = _call_of(w)
+    # What is stored together stays together in memory.
+    outputs_first = True
+    if isinstance(w, BlockArray):
+        *_, inputs, outputs = w.values.shape
+        outputs_first = options["outputs_first"] = inputs > outputs
+    shape = w.shape[::-1] if outputs_first else w.shape
+    out = jax.typeof(w.values).update(shape=shape, dtype=w.dtype)
+    call = jax.ffi.ffi_call(f"nmjax_expand_{name}", out, vmap_method="broadcast_all")
+    dense = call(*operands, **options)
+    axis = 1 if outputs_first else 0
+    sums = lax.dot_general(
+        x, dense, (((1,), (axis,)), ((), ())), preferred_element_type=np.float32
+    )
+    return sums.astype(x.dtype)
+
+
+def _call_of(w: Any) -> tuple[str, tuple[Array, ...], dict[str, Any]]:
+    """Give the name of a format's kernels, their operands and their options."""
     # There is no optional operand: without scales the values stand in for them.
     scales = w.values if w.scales is None else w.scales
-    operands: tuple[Any, ...]
-    options: dict[str, Any] = {
-        "has_scales": w.scales is not None,
-        "instructions": instructions,
-    }
+    options: dict[str, Any] = {"has_scales": w.scales is not None}
     if isinstance(w, FanInArray):
-        name, operands = "nmjax_fan_in", (w.values, scales, w.indices, w.neurons)
-    else:
-        name, operands = "nmjax_grouped", (w.values, scales, w.codes)
-        sizes = {"n": w.n, "m": w.m, "bits": code_bits(w.m)}
-        options |= {key: np.int64(size) for key, size in sizes.items()}
-    call = jax.ffi.ffi_call(name, shape, vmap_method="broadcast_all")
-    return call(x, *operands, **options)
+        return "fan_in", (w.values, scales, w.indices, w.neurons), options
+    if isinstance(w, BlockArray):
+        return "blocks", (w.values, scales, w.rows, w.columns), options
+    sizes = {"n": w.n, "m": w.m, "bits": code_bits(w.m)}
+    options |= {key: np.int64(size) for key, size in sizes.items()}
+    return "grouped", (w.values, scales, w.codes), options

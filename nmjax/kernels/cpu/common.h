@@ -52,6 +52,33 @@ struct GroupedTask {
   int64_t outputs;
 };
 
+// y = x w for whole blocks of weights, sorted by column, then by row.
+struct BlockTask {
+  const void* values;      // (blocks, block_inputs, block_outputs)
+  Number value;            // kFloat32, kBfloat16, kInt8
+  const float* scales;     // (blocks), or null
+  const void* rows_of;     // (blocks): block along the inputs
+  Number index;            // kUint8, kUint16, kUint32
+  const void* columns_of;  // (blocks): block along the outputs
+  Number column_index;
+  int64_t blocks, block_inputs, block_outputs;
+  const float* x;  // as in FanInTask
+  int64_t width, rows;
+  void* y;     // (rows, outputs)
+  Number out;  // kFloat32, kBfloat16
+  int64_t outputs;
+  const int32_t* columns;  // null: outputs are in order
+};
+
+// An unsigned index of any width.
+static inline uint64_t Index(const void* indices, Number type, int64_t i) {
+  switch (type) {
+    case Number::kUint8: return static_cast<const uint8_t*>(indices)[i];
+    case Number::kUint16: return static_cast<const uint16_t*>(indices)[i];
+    default: return static_cast<const uint32_t*>(indices)[i];
+  }
+}
+
 // Do `work(0)`, ..., `work(chunks - 1)` on the threads of a pool and on this one.
 //
 // Whoever is free takes the next chunk, and this thread takes those that nobody else

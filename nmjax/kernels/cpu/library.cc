@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "common.h"
+#include "expand.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -23,6 +24,7 @@ struct Kernels {
                     int64_t);
   void (*fan_in)(const FanInTask&, int64_t, int64_t);
   void (*grouped)(const GroupedTask&, int64_t, int64_t);
+  void (*blocks)(const BlockTask&, int64_t, int64_t);
 };
 
 namespace portable {
@@ -30,9 +32,11 @@ namespace portable {
 #include "lanes.inc"
 
 #include "fan_in.inc"
+
+#include "blocks.inc"
 #include "grouped.inc"
 static const Kernels kKernels = {"portable", LANES,           Widen,
-                                 TransposeInputs, FanIn, Grouped};
+                                 TransposeInputs, FanIn, Grouped, Blocks};
 #undef LANES
 }  // namespace portable
 
@@ -49,9 +53,11 @@ namespace avx2 {
 #include "lanes.inc"
 
 #include "fan_in.inc"
+
+#include "blocks.inc"
 #include "grouped.inc"
 static const Kernels kKernels = {"avx2", LANES,           Widen,
-                                 TransposeInputs, FanIn, Grouped};
+                                 TransposeInputs, FanIn, Grouped, Blocks};
 #undef LANES
 }  // namespace avx2
 #if defined(__clang__)
@@ -68,9 +74,11 @@ namespace avx512 {
 #include "lanes.inc"
 
 #include "fan_in.inc"
+
+#include "blocks.inc"
 #include "grouped.inc"
 static const Kernels kKernels = {"avx512", LANES,           Widen,
-                                 TransposeInputs, FanIn, Grouped};
+                                 TransposeInputs, FanIn, Grouped, Blocks};
 #undef LANES
 }  // namespace avx512
 #if defined(__clang__)
@@ -148,21 +156,148 @@ static int64_t ChunkOf(const ffi::ThreadPool& pool, int64_t outputs, int64_t wor
   return std::max<int64_t>(8, (chunk + 7) / 8 * 8);
 }
 
-// Rows of x that are taken at a time: those that there are, filled up to 4, 8 or one,
-// two or four vectors.
+// Rows of x that are taken at a time: one, or those that there are filled up to 4, 8 or
+// one, two or four vectors.
 static int64_t TileWidth(int64_t rows, int64_t lanes) {
+  if (rows <= 1) return 1;
   int64_t width = 4;
   while (width < rows && width < 4 * lanes) width *= 2;
   return width;
 }
 
-// Product of the leading axes that count matrices of a stack.
-static int64_t Stack(ffi::AnyBuffer buffer) {
+// Product of the leading axes that count the arrays of a stack.
+static int64_t Stack(ffi::AnyBuffer buffer, size_t rank) {
   int64_t count = 1;
-  for (size_t i = 0; i + 2 < buffer.dimensions().size(); ++i) {
+  for (size_t i = 0; i + rank < buffer.dimensions().size(); ++i) {
     count *= buffer.dimensions()[i];
   }
   return count;
+}
+
+// Length of an axis, counted from the end.
+static int64_t Length(ffi::AnyBuffer buffer, size_t from_end) {
+  return buffer.dimensions()[buffer.dimensions().size() - from_end];
+}
+
+// Scales as floats, or null where there are none.
+class Scales {
+ public:
+  Scales(ffi::AnyBuffer buffer, bool present, int64_t count)
+      : buffer_(buffer), count_(count) {
+    if (present) floats_ = Allocate(count);
+  }
+
+  const float* OfLayer(const Kernels& kernels, int64_t layer) {
+    if (!floats_) return nullptr;
+    Number type;
+    if (!AsNumber(buffer_.element_type(), &type)) return nullptr;
+    kernels.widen(At(buffer_.untyped_data(), layer * count_, type), type, floats_.get(),
+                  count_);
+    return floats_.get();
+  }
+
+ private:
+  ffi::AnyBuffer buffer_;
+  int64_t count_;
+  Scratch floats_;
+};
+
+// Fill in what all tasks have of a format's arrays.
+static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer indices,
+                     ffi::AnyBuffer neurons, FanInTask* task) {
+  task->fan_in = Length(values, 1);
+  return AsNumber(values.element_type(), &task->value) &&
+         AsNumber(indices.element_type(), &task->index) &&
+         neurons.element_type() == ffi::S32;
+}
+
+static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer indices,
+                     ffi::AnyBuffer neurons, int64_t layer, int64_t outputs,
+                     FanInTask* task) {
+  const int64_t alive = Length(values, 2), count = layer * alive * task->fan_in;
+  task->values = At(values.untyped_data(), count, task->value);
+  task->indices = At(indices.untyped_data(), count, task->index);
+  task->columns =
+      alive == outputs
+          ? nullptr
+          : static_cast<const int32_t*>(neurons.untyped_data()) + layer * alive;
+}
+
+static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer codes, int64_t n, int64_t m,
+                     int64_t bits, GroupedTask* task) {
+  task->n = n;
+  task->m = m;
+  task->bits = bits;
+  task->outputs = Length(values, 2);
+  task->kept = Length(values, 1);
+  task->code_bytes = Length(codes, 1);
+  return AsNumber(values.element_type(), &task->value);
+}
+
+static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer codes, int64_t layer,
+                     GroupedTask* task) {
+  task->values =
+      At(values.untyped_data(), layer * task->outputs * task->kept, task->value);
+  task->codes = static_cast<const uint8_t*>(codes.untyped_data()) +
+                layer * task->outputs * task->code_bytes;
+}
+
+static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer rows, ffi::AnyBuffer columns,
+                     BlockTask* task) {
+  task->blocks = Length(values, 3);
+  task->block_inputs = Length(values, 2);
+  task->block_outputs = Length(values, 1);
+  task->columns = nullptr;
+  return AsNumber(values.element_type(), &task->value) &&
+         AsNumber(rows.element_type(), &task->index) &&
+         AsNumber(columns.element_type(), &task->column_index);
+}
+
+static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer rows, ffi::AnyBuffer columns,
+                     int64_t layer, BlockTask* task) {
+  const int64_t count = layer * task->blocks;
+  task->values = At(values.untyped_data(),
+                    count * task->block_inputs * task->block_outputs, task->value);
+  task->rows_of = At(rows.untyped_data(), count, task->index);
+  task->columns_of = At(columns.untyped_data(), count, task->column_index);
+}
+
+// Products --------------------------------------------------------------------------
+
+// Multiply the rows of a layer's x in tiles: one by one, or transposed.
+template <class Task>
+static void MultiplyInTiles(ffi::ThreadPool& pool, const Kernels& kernels,
+                            ffi::AnyBuffer x, Number x_type, int64_t layer,
+                            ffi::AnyBuffer y, float* tile, int64_t width,
+                            int64_t count, int64_t work, Task task,
+                            void (*kernel)(const Task&, int64_t, int64_t)) {
+  const int64_t rows = Length(x, 2), inputs = Length(x, 1);
+  task.width = width;
+  task.out = x_type;
+  task.outputs = Length(y, 1);
+  for (int64_t row = 0; row < rows; row += width) {
+    task.rows = std::min(width, rows - row);
+    const void* from = At(x.untyped_data(), (layer * rows + row) * inputs, x_type);
+    task.y = const_cast<char*>(
+        At(y.untyped_data(), (layer * rows + row) * task.outputs, x_type));
+    task.x = tile;
+    if (width > 1) {
+      constexpr int64_t kColumns = 256;
+      const int64_t present = task.rows;
+      ParallelFor(pool, (inputs + kColumns - 1) / kColumns, [=, &kernels](int64_t i) {
+        kernels.transpose(from, x_type, present, inputs, i * kColumns,
+                          std::min(inputs, (i + 1) * kColumns), tile, width);
+      });
+    } else if (x_type == Number::kFloat32) {
+      task.x = static_cast<const float*>(from);
+    } else {
+      kernels.widen(from, x_type, tile, inputs);
+    }
+    const int64_t chunk = ChunkOf(pool, count, work * std::max<int64_t>(1, width / 8));
+    ParallelFor(pool, (count + chunk - 1) / chunk, [=](int64_t i) {
+      kernel(task, i * chunk, std::min(count, (i + 1) * chunk));
+    });
+  }
 }
 
 static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
@@ -170,78 +305,57 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                             ffi::AnyBuffer indices, ffi::AnyBuffer neurons,
                             ffi::Result<ffi::AnyBuffer> y, bool has_scales,
                             std::string_view instructions) {
-  const auto shape = x.dimensions();
-  const auto stored = values.dimensions();
-  const int64_t rank = static_cast<int64_t>(shape.size());
-  const int64_t rows = shape[rank - 2], inputs = shape[rank - 1];
-  const int64_t alive = stored[rank - 2], fan_in = stored[rank - 1];
-  const int64_t outputs = y->dimensions()[rank - 1];
-  Number x_type, value, index, scale = Number::kFloat32;
-  if (!AsNumber(x.element_type(), &x_type)) return Unsupported("inputs");
-  if (!AsNumber(values.element_type(), &value)) return Unsupported("values");
-  if (!AsNumber(indices.element_type(), &index)) return Unsupported("indices");
-  if (has_scales && !AsNumber(scales.element_type(), &scale)) {
-    return Unsupported("scales");
+  const Kernels* kernels = Find(instructions);
+  if (!kernels) return Unsupported("set of instructions on this processor");
+  FanInTask task;
+  Number x_type;
+  if (!Describe(values, indices, neurons, &task) ||
+      !AsNumber(x.element_type(), &x_type)) {
+    return Unsupported("dtype");
   }
-  const Kernels* found = Find(instructions);
-  if (!found) return Unsupported("set of instructions on this processor");
-  const Kernels& kernels = *found;
-  const bool single = rows == 1;
-  const int64_t width = single ? 1 : TileWidth(rows, kernels.lanes);
-  Scratch tile = Allocate(inputs * width);
-  Scratch factors = Allocate(has_scales ? alive : 1);
-  if (!tile || !factors) return ffi::Error::Internal("nmjax: out of memory");
-  const int64_t stack = Stack(x);
+  const int64_t rows = Length(x, 2), outputs = Length(*y, 1);
+  const int64_t alive = Length(values, 2);
+  const int64_t width = TileWidth(rows, kernels->lanes);
+  Scratch tile = Allocate(Length(x, 1) * width);
+  Scales factors(scales, has_scales, alive);
+  const int64_t stack = Stack(x, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
-    FanInTask task;
-    task.values = At(values.untyped_data(), layer * alive * fan_in, value);
-    task.value = value;
-    task.indices = At(indices.untyped_data(), layer * alive * fan_in, index);
-    task.index = index;
-    task.scales = nullptr;
-    if (has_scales) {
-      kernels.widen(At(scales.untyped_data(), layer * alive, scale), scale,
-                    factors.get(), alive);
-      task.scales = factors.get();
+    SetLayer(values, indices, neurons, layer, outputs, &task);
+    task.scales = factors.OfLayer(*kernels, layer);
+    if (task.columns) {
+      const int64_t count = rows * outputs;
+      std::memset(const_cast<char*>(At(y->untyped_data(), layer * count, x_type)), 0,
+                  count * Bytes(x_type));
     }
-    task.columns = nullptr;
-    if (alive < outputs) {
-      task.columns =
-          static_cast<const int32_t*>(neurons.untyped_data()) + layer * alive;
-      std::memset(static_cast<char*>(y->untyped_data()) +
-                      layer * rows * outputs * Bytes(x_type),
-                  0, rows * outputs * Bytes(x_type));
-    }
-    task.fan_in = fan_in;
-    task.width = width;
-    task.out = x_type;
-    task.outputs = outputs;
-    for (int64_t row = 0; row < rows; row += width) {
-      task.rows = std::min(width, rows - row);
-      const void* from =
-          At(x.untyped_data(), (layer * rows + row) * inputs, x_type);
-      task.x = tile.get();
-      task.y = const_cast<char*>(
-          At(y->untyped_data(), (layer * rows + row) * outputs, x_type));
-      if (single && x_type == Number::kFloat32) {
-        task.x = static_cast<const float*>(from);
-      } else if (single) {
-        kernels.widen(from, x_type, tile.get(), inputs);
-      } else {
-        constexpr int64_t kColumns = 256;
-        float* to = tile.get();
-        const int64_t present = task.rows;
-        ParallelFor(pool, (inputs + kColumns - 1) / kColumns, [=, &kernels](int64_t i) {
-          kernels.transpose(from, x_type, present, inputs, i * kColumns,
-                            std::min(inputs, (i + 1) * kColumns), to, width);
-        });
-      }
-      const int64_t chunk =
-          ChunkOf(pool, alive, alive * fan_in * std::max<int64_t>(1, width / 8));
-      ParallelFor(pool, (alive + chunk - 1) / chunk, [=, &kernels](int64_t i) {
-        kernels.fan_in(task, i * chunk, std::min(alive, (i + 1) * chunk));
-      });
-    }
+    MultiplyInTiles(pool, *kernels, x, x_type, layer, *y, tile.get(), width, alive,
+                    alive * task.fan_in, task, kernels->fan_in);
+  }
+  return ffi::Error::Success();
+}
+
+static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
+                             ffi::AnyBuffer values, ffi::AnyBuffer scales,
+                             ffi::AnyBuffer rows_of, ffi::AnyBuffer columns_of,
+                             ffi::Result<ffi::AnyBuffer> y, bool has_scales,
+                             std::string_view instructions) {
+  const Kernels* kernels = Find(instructions);
+  if (!kernels) return Unsupported("set of instructions on this processor");
+  BlockTask task;
+  Number x_type;
+  if (!Describe(values, rows_of, columns_of, &task) ||
+      !AsNumber(x.element_type(), &x_type)) {
+    return Unsupported("dtype");
+  }
+  const int64_t width = TileWidth(Length(x, 2), kernels->lanes);
+  Scratch tile = Allocate(Length(x, 1) * width);
+  Scales factors(scales, has_scales, task.blocks);
+  const int64_t stack = Stack(x, 2);
+  const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
+  for (int64_t layer = 0; layer < stack; ++layer) {
+    SetLayer(values, rows_of, columns_of, layer, &task);
+    task.scales = factors.OfLayer(*kernels, layer);
+    MultiplyInTiles(pool, *kernels, x, x_type, layer, *y, tile.get(), width,
+                    Length(*y, 1), work, task, kernels->blocks);
   }
   return ffi::Error::Success();
 }
@@ -251,55 +365,132 @@ static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                               ffi::AnyBuffer codes, ffi::Result<ffi::AnyBuffer> y,
                               bool has_scales, int64_t n, int64_t m, int64_t bits,
                               std::string_view instructions) {
-  const auto shape = x.dimensions();
-  const auto stored = values.dimensions();
-  const int64_t rank = static_cast<int64_t>(shape.size());
-  const int64_t rows = shape[rank - 2], inputs = shape[rank - 1];
-  const int64_t outputs = stored[rank - 2], kept = stored[rank - 1];
-  const int64_t code_bytes = codes.dimensions()[rank - 1];
-  Number x_type, value, scale = Number::kFloat32;
-  if (!AsNumber(x.element_type(), &x_type)) return Unsupported("inputs");
-  if (!AsNumber(values.element_type(), &value)) return Unsupported("values");
-  if (has_scales && !AsNumber(scales.element_type(), &scale)) {
-    return Unsupported("scales");
+  const Kernels* kernels = Find(instructions);
+  if (!kernels) return Unsupported("set of instructions on this processor");
+  GroupedTask task;
+  Number x_type;
+  if (!Describe(values, codes, n, m, bits, &task) ||
+      !AsNumber(x.element_type(), &x_type)) {
+    return Unsupported("dtype");
   }
-  const Kernels* found = Find(instructions);
-  if (!found) return Unsupported("set of instructions on this processor");
-  const Kernels& kernels = *found;
+  task.rows = Length(x, 2);
+  task.inputs = Length(x, 1);
+  task.out = x_type;
+  const int64_t outputs = task.outputs, count = task.rows * task.inputs;
   const bool widen = x_type != Number::kFloat32;
-  Scratch wide = Allocate(widen ? rows * inputs : 1);
-  Scratch factors = Allocate(has_scales ? outputs : 1);
-  if (!wide || !factors) return ffi::Error::Internal("nmjax: out of memory");
-  const int64_t stack = Stack(x);
+  Scratch wide = Allocate(widen ? count : 1);
+  Scales factors(scales, has_scales, outputs);
+  const int64_t stack = Stack(x, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
-    GroupedTask task;
-    task.values = At(values.untyped_data(), layer * outputs * kept, value);
-    task.value = value;
-    task.codes = static_cast<const uint8_t*>(codes.untyped_data()) +
-                 layer * outputs * code_bytes;
-    task.scales = nullptr;
-    if (has_scales) {
-      kernels.widen(At(scales.untyped_data(), layer * outputs, scale), scale,
-                    factors.get(), outputs);
-      task.scales = factors.get();
-    }
-    task.n = n;
-    task.m = m;
-    task.bits = bits;
-    task.kept = kept;
-    task.code_bytes = code_bytes;
-    const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
-    if (widen) kernels.widen(from, x_type, wide.get(), rows * inputs);
+    SetLayer(values, codes, layer, &task);
+    task.scales = factors.OfLayer(*kernels, layer);
+    const void* from = At(x.untyped_data(), layer * count, x_type);
+    if (widen) kernels->widen(from, x_type, wide.get(), count);
     task.x = widen ? wide.get() : static_cast<const float*>(from);
-    task.inputs = inputs;
-    task.rows = rows;
     task.y = const_cast<char*>(
-        At(y->untyped_data(), layer * rows * outputs, x_type));
-    task.out = x_type;
-    task.outputs = outputs;
-    const int64_t chunk = ChunkOf(pool, outputs, outputs * kept * rows / 8);
-    ParallelFor(pool, (outputs + chunk - 1) / chunk, [=, &kernels](int64_t i) {
-      kernels.grouped(task, i * chunk, std::min(outputs, (i + 1) * chunk));
+        At(y->untyped_data(), layer * task.rows * outputs, x_type));
+    const int64_t chunk = ChunkOf(pool, outputs, outputs * task.kept * task.rows / 8);
+    ParallelFor(pool, (outputs + chunk - 1) / chunk, [=](int64_t i) {
+      kernels->grouped(task, i * chunk, std::min(outputs, (i + 1) * chunk));
+    });
+  }
+  return ffi::Error::Success();
+}
+
+// Dense weights ---------------------------------------------------------------------
+
+// Expand `count` neurons, outputs or blocks in parallel.
+template <class Expand>
+static void ExpandAll(ffi::ThreadPool& pool, int64_t count, int64_t work,
+                      const Expand& expand) {
+  const int64_t chunk = ChunkOf(pool, count, work);
+  ParallelFor(pool, (count + chunk - 1) / chunk, [=](int64_t i) {
+    expand(i * chunk, std::min(count, (i + 1) * chunk));
+  });
+}
+
+// Bytes of one dense array of a stack, all of them zero.
+static char* Zeros(ffi::Result<ffi::AnyBuffer> y, int64_t layer, Number type,
+                   bool clear) {
+  const int64_t count = Length(*y, 2) * Length(*y, 1);
+  char* start = const_cast<char*>(At(y->untyped_data(), layer * count, type));
+  if (clear) std::memset(start, 0, count * Bytes(type));
+  return start;
+}
+
+static ffi::Error ExpandFanInCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
+                                  ffi::AnyBuffer scales, ffi::AnyBuffer indices,
+                                  ffi::AnyBuffer neurons,
+                                  ffi::Result<ffi::AnyBuffer> y, bool has_scales) {
+  FanInTask task;
+  if (!Describe(values, indices, neurons, &task) ||
+      !AsNumber(y->element_type(), &task.out)) {
+    return Unsupported("dtype");
+  }
+  const int64_t alive = Length(values, 2), inputs = Length(*y, 1);
+  Scales factors(scales, has_scales, alive);
+  const int64_t stack = Stack(values, 2);
+  for (int64_t layer = 0; layer < stack; ++layer) {
+    SetLayer(values, indices, neurons, layer, Length(*y, 2), &task);
+    task.scales = factors.OfLayer(portable::kKernels, layer);
+    task.y = Zeros(y, layer, task.out, task.columns != nullptr);
+    ExpandAll(pool, alive, alive * inputs, [=](int64_t begin, int64_t end) {
+      NMJAX_EXPAND(FanIn, task, inputs, begin, end);
+    });
+  }
+  return ffi::Error::Success();
+}
+
+static ffi::Error ExpandGroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
+                                    ffi::AnyBuffer scales, ffi::AnyBuffer codes,
+                                    ffi::Result<ffi::AnyBuffer> y, bool has_scales,
+                                    int64_t n, int64_t m, int64_t bits) {
+  GroupedTask task;
+  if (!Describe(values, codes, n, m, bits, &task) ||
+      !AsNumber(y->element_type(), &task.out)) {
+    return Unsupported("dtype");
+  }
+  const int64_t inputs = Length(*y, 1);
+  Scales factors(scales, has_scales, task.outputs);
+  const int64_t stack = Stack(values, 2);
+  for (int64_t layer = 0; layer < stack; ++layer) {
+    SetLayer(values, codes, layer, &task);
+    task.scales = factors.OfLayer(portable::kKernels, layer);
+    task.y = Zeros(y, layer, task.out, false);
+    ExpandAll(pool, task.outputs, task.outputs * inputs,
+              [=](int64_t begin, int64_t end) {
+                NMJAX_EXPAND(Grouped, task, inputs, begin, end);
+              });
+  }
+  return ffi::Error::Success();
+}
+
+static ffi::Error ExpandBlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
+                                   ffi::AnyBuffer scales, ffi::AnyBuffer rows_of,
+                                   ffi::AnyBuffer columns_of,
+                                   ffi::Result<ffi::AnyBuffer> y, bool has_scales,
+                                   bool outputs_first) {
+  BlockTask task;
+  if (!Describe(values, rows_of, columns_of, &task) ||
+      !AsNumber(y->element_type(), &task.out)) {
+    return Unsupported("dtype");
+  }
+  const int64_t lines = Length(*y, 2), line = Length(*y, 1) * Bytes(task.out);
+  task.outputs = outputs_first ? lines : Length(*y, 1);
+  const int64_t inputs = outputs_first ? Length(*y, 1) : 0;
+  Scales factors(scales, has_scales, task.blocks);
+  const int64_t stack = Stack(values, 3);
+  for (int64_t layer = 0; layer < stack; ++layer) {
+    SetLayer(values, rows_of, columns_of, layer, &task);
+    task.scales = factors.OfLayer(portable::kKernels, layer);
+    char* start = Zeros(y, layer, task.out, false);
+    task.y = start;
+    ExpandAll(pool, lines, lines * line / 4, [=](int64_t begin, int64_t end) {
+      std::memset(start + begin * line, 0, (end - begin) * line);
+    });
+    const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
+    ExpandAll(pool, task.blocks, work, [=](int64_t begin, int64_t end) {
+      NMJAX_EXPAND(Blocks, task, inputs, begin, end);
     });
   }
   return ffi::Error::Success();
@@ -307,33 +498,74 @@ static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
 
 }  // namespace nmjax
 
+// Handlers --------------------------------------------------------------------------
+
+using Buffer = xla::ffi::AnyBuffer;
+
+static auto Product() {
+  return xla::ffi::Ffi::Bind()
+      .Ctx<xla::ffi::ThreadPool>()
+      .Arg<Buffer>()   // x
+      .Arg<Buffer>()   // values
+      .Arg<Buffer>();  // scales
+}
+
+static auto Expansion() {
+  return xla::ffi::Ffi::Bind()
+      .Ctx<xla::ffi::ThreadPool>()
+      .Arg<Buffer>()   // values
+      .Arg<Buffer>();  // scales
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_fan_in, nmjax::FanInCall,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
+                              Product()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<bool>("has_scales")
+                                  .Attr<std::string_view>("instructions"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks, nmjax::BlocksCall,
+                              Product()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
                                   .Attr<bool>("has_scales")
                                   .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_grouped, nmjax::GroupedCall,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
+                              Product()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
                                   .Attr<bool>("has_scales")
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("m")
                                   .Attr<int64_t>("bits")
                                   .Attr<std::string_view>("instructions"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_expand_fan_in, nmjax::ExpandFanInCall,
+                              Expansion()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<bool>("has_scales"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_expand_blocks, nmjax::ExpandBlocksCall,
+                              Expansion()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<bool>("has_scales")
+                                  .Attr<bool>("outputs_first"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_expand_grouped, nmjax::ExpandGroupedCall,
+                              Expansion()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<bool>("has_scales")
+                                  .Attr<int64_t>("n")
+                                  .Attr<int64_t>("m")
+                                  .Attr<int64_t>("bits"));
+
 // The best instructions of this processor: "avx512", "avx2" or "portable".
-extern "C" const char* nmjax_instructions() {
-  return nmjax::Find("")->name;
-}
+extern "C" const char* nmjax_instructions() { return nmjax::Find("")->name; }
