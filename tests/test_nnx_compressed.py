@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from compressing import KINDS, compressed, products
 from flax import nnx
@@ -179,6 +180,9 @@ def test_gradients_are_those_of_dense_params():
     dense = nnx.DiffState(0, nm.nnx.dense_params)
     found = nnx.jit(nnx.grad(loss, argnums=dense))(model)
     assert_close(jax.tree.leaves(found), [expected], 1e-4)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nm.nnx.dense_params)
+    optimizer.update(model, found)
+    assert_close(model.layers[0].bias[...], -0.1 * expected, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
