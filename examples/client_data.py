@@ -26,7 +26,7 @@ SIZES: dict[str, dict[str, int]] = {  # on digits and made-up dates
         "batch": 64,
     },
     "translator": {
-        "width": 64,
+        "width": 128,
         "heads": 4,
         "layers": 1,
         "vocabulary": 300,

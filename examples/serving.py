@@ -16,6 +16,7 @@ import json
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -159,8 +160,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             return self._send(400, {"error": str(error)})
         except Exception:
-            self._send(500, {"error": "the server failed; it printed why"})
-            raise
+            traceback.print_exc()
+            return self._send(500, {"error": "the server failed; it printed why"})
         seconds = time.perf_counter() - began
         with self.server.lock:
             self.server.meter.add(seconds, len(answers))
