@@ -10,6 +10,7 @@ import numpy as np
 
 from nmjax.budgets import Block, FanIn
 from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray, quantize
+from nmjax.kernels import choosing
 from nmjax.paths import is_masked, named_leaves
 from nmjax.patterns import NM, TransposableNM, axis_of, fan_in_axes, from_end
 from nmjax.plans import LeafPlan, Plan, check_plan, matching_leaves
@@ -22,6 +23,9 @@ def compress(
     *,
     masks: Masks | None = None,
     dtype: Any = None,
+    when: str = "always",
+    batch: int | None = None,
+    platform: str | None = None,
 ) -> Params:
     """Replace the sparse leaves of params by compressed arrays.
 
@@ -41,6 +45,13 @@ def compress(
         are zero, so that they can be trained on.
       dtype: None stores values as they are; int8 or a float8 dtype stores them with
         scales, see `nmjax.formats.quantize`, which is not exact.
+      when: ``"always"``, or ``"faster"``: only leaves whose product was measured to be
+        faster than a dense one stay compressed, others are left dense.
+      batch: rows that a product will have, counting all leading axes of its inputs;
+        needed for ``"faster"``.
+      platform: where products will run: ``"cpu"``, ``"gpu"`` or ``"tpu"``. Default:
+        where JAX runs. Nothing was measured to be faster on GPUs and TPUs yet, so that
+        ``"faster"`` leaves all leaves dense there.
 
     Returns:
       A tree like `params`, with compressed arrays in place of sparse leaves.
@@ -49,7 +60,7 @@ def compress(
       ValueError: a leaf does not fit its pattern, has a pattern without a format (use
         a rule that leaves it dense, or compress the others alone), or its mask fits no
         format; the message names the leaf and the group, neuron or block.
-      TypeError: params are traced.
+      TypeError: params are traced, or ``when="faster"`` has no batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,6 +73,7 @@ def compress(
       >>> nm.decompress(small)["kernel"][:, 0].tolist()
       [0.0, 0.0, 3.0, 4.0]
     """
+    is_wanted = _choice(when, batch, platform)
     pairs, treedef = named_leaves(params)
     if isinstance(plan_or_masks, Plan):
         check_plan(plan_or_masks, pairs)
@@ -83,10 +95,40 @@ def compress(
             continue
         try:
             small = pack(leaf, mask)
-            out.append(small if dtype is None else quantize(small, dtype))
+            small = small if dtype is None else quantize(small, dtype)
+            out.append(small if is_wanted(small) else leaf)
         except ValueError as error:
             raise ValueError(f"leaf {path!r}: {error}") from error
     return jax.tree.unflatten(treedef, out)
+
+
+def _choice(
+    when: str, batch: int | None, platform: str | None
+) -> Callable[[Compressed], bool]:
+    """Give the function that tells whether a leaf shall be compressed."""
+    if when not in ("always", "faster"):
+        raise ValueError(f"when={when!r} is neither 'always' nor 'faster'")
+    if when == "always":
+        return lambda small: True
+    if batch is None or batch < 1:
+        raise TypeError(
+            f"when='faster' with batch={batch}: which form is faster depends on the "
+            "number of rows that are multiplied; say it, as in batch=1"
+        )
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    return lambda small: on_cpu and _is_faster(small, batch)
+
+
+def _is_faster(small: Compressed, batch: int) -> bool:
+    """Tell whether the product of every layer was measured to be faster than dense."""
+    layer = small
+    for _ in small.stack_shape:
+        layer = jax.tree.map(lambda leaf: leaf[0], layer)
+    matrix = layer.matrix
+    if matrix is None:
+        return False  # it is decompressed for every use
+    x = jax.ShapeDtypeStruct((batch, matrix.shape[0]), matrix.dtype)
+    return choosing.relative_time(x, matrix) < 1
 
 
 _Pack = Callable[[Any, Any], Compressed]

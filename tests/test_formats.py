@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import nmjax as nm
 from nmjax import formats
 from nmjax.formats import packing
+from nmjax.kernels import choosing
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -479,3 +480,114 @@ def test_layers_of_a_stack_must_be_stored_alike():
     uneven = {"kernel": params["kernel"].at[1, :, 0].set(0.0)}
     with pytest.raises(ValueError, match="leaf 'kernel': layers of a stack must be"):
         nm.compress(uneven, plan)
+
+
+# Where it pays -----------------------------------------------------------------------
+
+
+def test_leaves_that_would_be_slower_stay_dense(monkeypatch):
+    params = random_params()
+    plan = nm.plan(params, RULES, stacked="layers")
+    params = nm.project(params, plan)
+    quarter = {"decompress": 2.0, "slots": 0.9}
+    rows = {
+        ("FanIn", "", "float32", 0.25, 1): quarter,
+        ("FanIn", "", "float32", 0.25, 64): {"decompress": 2.0, "slots": 1.1},
+        ("NM", "2:4", "float32", 0.5, 1): {"decompress": 0.7},
+        ("Block", "4x1", "float32", 0.25, 1): {"decompress": 3.0, "blocks": 1.0},
+    }
+    monkeypatch.setattr(choosing, "table", lambda: rows)
+
+    def compressed(**options):
+        small = nm.compress(params, plan, when="faster", platform="cpu", **options)
+        jax.tree.map(assert_same_bits, nm.decompress(small), params)
+        paths = (leaf.path for leaf in plan.sparse_leaves)
+        return {path for path in paths if formats.is_compressed(at(small, path))}
+
+    some = {"attention/query/kernel", "conv/kernel", "transposable/kernel"}
+    assert compressed(batch=64) == some
+    assert compressed(batch=1) == some | {"fan_in/kernel", "layers/kernel"}
+    small = nm.compress(params, plan, when="faster", batch=1, platform="gpu")
+    assert not any(map(formats.is_compressed, jax.tree.leaves(small)))
+    with pytest.raises(TypeError, match="when='faster' with batch=None"):
+        nm.compress(params, plan, when="faster")
+    with pytest.raises(ValueError, match="when='sometimes' is neither"):
+        nm.compress(params, plan, when="sometimes")
+
+
+# Quantized ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_values_stand_within_half_a_step(kind, dtype):
+    small = make(kind)
+    found = formats.quantize(small, dtype)
+    assert found.values.dtype == dtype and found.dtype == small.dtype
+    assert found.shape == small.shape and found.nbytes < small.nbytes
+    axes = (1, 2) if kind == "block" else (1,)
+    most = np.abs(small.values).max(axes, keepdims=True)
+    # Half a step of the largest code: of 127, or of a mantissa of 3 or 2 bits.
+    step = {"int8": 1 / 254, "float8_e4m3fn": 1 / 16, "float8_e5m2": 1 / 8}[dtype]
+    error = np.abs(found.weights - small.values)
+    assert (error <= 1.001 * step * most).all()
+    assert np.abs(found.weights).max() == pytest.approx(most.max(), rel=1e-6)
+    text = f"{dtype} with scales in float32[8, 8]"
+    assert text in repr(found)
+
+
+def test_quantizing_rounds_to_even_and_keeps_zeros():
+    values = jnp.array([[127.0, 0.5, 1.5, -2.5], [0.0, 0.0, 0.0, 0.0]])
+    small = make("nm", shape=(8, 2))
+    found = formats.quantize(dataclasses.replace(small, values=values))
+    assert found.values.tolist() == [[127, 0, 2, -2], [0, 0, 0, 0]]
+    assert found.scales.tolist() == [[1.0], [1.0]]
+
+
+def test_whole_trees_are_quantized_and_stay_differentiable():
+    params = {"kernel": normal(0, (16, 8)), "bias": normal(1, (8,))}
+    plan = nm.plan(params, nm.NM(2, 4))
+    params = nm.project(params, plan)
+    small = nm.compress(params, plan, dtype=jnp.int8)
+    assert small["bias"] is params["bias"]
+    x = normal(2, (3, 16))
+
+    def loss(x, scales):
+        kernel = dataclasses.replace(small["kernel"], scales=scales)
+        return jnp.sum(jnp.sin(nm.matmul(x, kernel)))
+
+    def dense(x, scales):
+        weights = small["kernel"].values.astype(jnp.float32) * scales
+        return jnp.sum(jnp.sin(x @ small["kernel"].place(weights)))
+
+    scales = small["kernel"].scales
+    found_pair, expected_pair = (
+        jax.grad(function, (0, 1))(x, scales) for function in (loss, dense)
+    )
+    for found, expected in zip(found_pair, expected_pair, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_quantized_is_refused():
+    small = make("fan_in")
+    with pytest.raises(TypeError, match="dtype=int16 is none of int8, float8"):
+        formats.quantize(small, jnp.int16)
+    with pytest.raises(TypeError, match="are int8 with scales already"):
+        formats.quantize(formats.quantize(small))
+    with pytest.raises(ValueError, match="a weight is not finite"):
+        formats.quantize(dataclasses.replace(small, values=small.values * jnp.inf))
+    with pytest.raises(TypeError, match="floating dtypes, not int32"):
+        small.astype(jnp.int32)
+    assert formats.quantize(small).astype(jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_are_matrices_without_work(kind):
+    small = make(kind)
+    assert small.matrix == small or small.matrix.shape == (8, 8)
+    turned = small.transposed
+    if kind == "block":
+        assert turned is None
+    else:
+        assert_same_bits(turned.todense(), small.todense().T)
+        assert_same_bits(turned.transposed.todense(), small.todense())

@@ -284,7 +284,7 @@ def test_a_named_native_kernel_that_cannot_serve_says_why():
     with pytest.raises(NotImplementedError, match="not float8_e4m3fn"):
         product(x, formats.quantize(w, jnp.float8_e4m3fn))
     with pytest.raises(NotImplementedError, match="neurons in the columns"):
-        product(normal(1, (1, 12)), w.T)
+        product(normal(1, (1, 12)), w.transposed)
     with pytest.raises(NotImplementedError, match="groups along the inputs"):
         product(x, formats.NMArray.from_dense(jnp.zeros((16, 4)), 2, 4, -1))
     with pytest.raises(ValueError, match="implementation='fast' is not None"):

@@ -45,7 +45,7 @@ class Compressed:
         raise NotImplementedError
 
     @property
-    def T(self) -> "Compressed | None":  # noqa: N802
+    def transposed(self) -> "Compressed | None":
         """The transpose of a matrix, without any work; None where there is none."""
         return None
 

@@ -141,7 +141,7 @@ class FanInArray(Compressed):
         return dataclasses.replace(self, dense_shape=shape, neuron_axes=(-1,))
 
     @property
-    def T(self) -> "FanInArray | None":
+    def transposed(self) -> "FanInArray | None":
         """The transpose of a matrix; None for other ranks."""
         if len(self.dense_shape) != 2 or len(self.neuron_axes) != 1:
             return None

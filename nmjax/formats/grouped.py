@@ -152,7 +152,7 @@ class NMArray(Compressed):
         return dataclasses.replace(self, axis=-2, dense_shape=shape)
 
     @property
-    def T(self) -> "NMArray | None":
+    def transposed(self) -> "NMArray | None":
         """The transpose of a matrix; None for other ranks."""
         if len(self.dense_shape) != 2:
             return None

@@ -104,8 +104,8 @@ def _as_matrix(w: Compressed, contracted: list[int]) -> Compressed | None:
     if w.stack_shape or not contracted:
         return None
     if w.ndim == 2 and contracted == [1]:
-        w_t = w.T
-        return None if w_t is None else w_t.matrix
+        transposed = w.transposed
+        return None if transposed is None else transposed.matrix
     inputs = math.prod(w.shape[: len(contracted)])
     matrix = w.matrix
     leading = contracted == [*range(len(contracted))]

@@ -35,7 +35,7 @@ def by_decompression(
       >>> reference.by_decompression(jnp.array([[3.0, 5.0]]), w).tolist()
       [[5.0, 6.0]]
     """
-    transposed = w.T
+    transposed = w.transposed
     if isinstance(w, NMArray) and w.axis == -2 and transposed is not None:
         # As stored, outputs first: XLA would spend longer on turning it than on it all.
         return _multiply_transposed(x, transposed.todense())
