@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import nmjax as nm
 from nmjax import formats
-from nmjax.kernels import dispatch, reference
+from nmjax.kernels import choosing, reference
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 K, F = 16, 12
@@ -292,35 +292,29 @@ def test_exported_batches_may_be_symbolic():
     assert_close(exported.call(tree, x), [dense_matmul(x, tree[k]) for k in KINDS])
 
 
-def test_platforms_have_their_own_lowering():
-    w, x = make("fan_in", shape=(64, 8)), normal(1, (4, 64))
-
-    def loops(platform):
-        exported = export.export(jax.jit(nm.matmul), platforms=[platform])(x, w)
-        return "stablehlo.while" in exported.mlir_module()
-
-    assert loops("cpu") and not loops("cuda") and not loops("tpu")
-
-
 @pytest.mark.parametrize(
-    ("batch", "fan_in", "slots"),
-    [(1, 20, True), (16, 20, False), (16, 8, True), (64, 20, True), (64, 40, False)],
+    ("kind", "form", "trace"),
+    [("fan_in", "slots", "stablehlo.while"), ("block", "blocks", "stablehlo.gather")],
 )
-def test_form_of_fan_in_follows_batch_and_density(batch, fan_in, slots):
-    weights = jnp.where(jnp.arange(64)[:, None] < fan_in, 1.0, jnp.zeros((64, 8)))
-    w = formats.FanInArray.from_dense(weights)
-    jaxpr = str(jax.make_jaxpr(dispatch.on_cpu)(jnp.ones((batch, 64)), w))
-    assert ("scan" in jaxpr) == slots
+def test_cpus_take_the_form_that_was_fastest_and_others_decompress(
+    kind, form, trace, monkeypatch
+):
+    w, x = make(kind), normal(1, (4, K))
+    layout = choosing.layout_of(w)
 
+    def traces(platform, ratio):
+        ratios = {form: ratio, "decompress": 1.0}
+        rows = {(*layout, "float32", 0.2, 4): ratios}
+        monkeypatch.setattr(choosing, "table", lambda: rows)
+        # A product of its own each time: JAX keeps the lowering of one that it knows.
+        product = jax.jit(lambda x, w: nm.matmul(x, w))
+        text = export.export(product, platforms=[platform])(x, w).mlir_module()
+        return text.count(trace) > count_of_decompression
 
-@pytest.mark.parametrize(
-    ("batch", "size", "dense"), [(1, 1, False), (64, 1, True), (64, 16, False)]
-)
-def test_form_of_blocks_follows_batch_and_size(batch, size, dense):
-    weights = jnp.where(jnp.arange(64)[:, None] < 16, 1.0, jnp.zeros((64, 32)))
-    w = formats.BlockArray.from_dense(weights, size, size)
-    jaxpr = str(jax.make_jaxpr(dispatch.on_cpu)(jnp.ones((batch, 64)), w))
-    assert ("scatter-add" not in jaxpr) == dense
+    decompression = export.export(jax.jit(reference.by_decompression))(x, w)
+    count_of_decompression = decompression.mlir_module().count(trace)
+    assert traces("cpu", 0.5) and not traces("cpu", 2.0)
+    assert not traces("cuda", 0.5) and not traces("tpu", 0.5)
 
 
 # Arguments --------------------------------------------------------------------------
@@ -359,7 +353,7 @@ def test_implementations_that_cannot_serve_are_refused():
     assert_close(nm.matmul(x, w, implementation="xla"), nm.matmul(x, w))
     with pytest.raises(NotImplementedError, match="no Pallas kernel for NMArray yet"):
         nm.matmul(x, w, implementation="pallas")
-    with pytest.raises(ValueError, match="implementation='cuda' is not None, 'xla' or"):
+    with pytest.raises(ValueError, match="implementation='cuda' is not None, 'xla', '"):
         nm.matmul(x, w, implementation="cuda")
 
 

@@ -116,7 +116,7 @@ def _measured(x: Any, w: Compressed) -> dict[str, float]:
     """Find the entry of the table that is most similar to a product."""
     batch = x.shape[0] if isinstance(x.shape[0], int) else 64  # symbolic in an export
     layout, values = layout_of(w), str(w.values.dtype)
-    density = w.values.size / max(1, w.size)
+    density = max(1, w.values.size) / max(1, w.size)
     found = {key[2:]: ratios for key, ratios in table().items() if key[:2] == layout}
     if not found:
         return {}
