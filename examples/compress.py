@@ -18,9 +18,34 @@ inputs (SRigL); the first and the last layer stay dense. Then
 ``--data-dir`` has CIFAR-10 for the classifiers (see `cifar10.py`) and Multi30k for the
 translator (see `translation.py`). `serve.py` serves what this leaves in ``--out``.
 
-A time is that of a whole answer: forward pass of a batch, or greedy decoding, which
+A time is that of a whole answer: the forward pass of a batch, or greedy decoding, which
 runs the decoder over all places in every step. Ratios are compressed to dense, so
-above 1 the compressed weights are SLOWER.
+above 1 the compressed weights are SLOWER. Small models answer in less than a
+millisecond: measure yours (``--width``). ``--resume`` measures finished runs again.
+
+Result, seed 0: accuracy in % on digits and BLEU on dates, and bytes of all params.
+Compressed weights gave the same answer to every test input; logits of 2:4 were equal,
+those of SRigL differed by less than 1e-6 of the largest.
+
+================= =============== =============== ================
+model             dense           2:4, SR-STE     fan-in of a tenth
+================= =============== =============== ================
+cnn, linen / nnx  98.33 / 99.44   99.07 / 98.89   96.85 / 96.85
+vit               95.93 / 95.00   94.07 / 94.26   89.44 / 89.63
+translator        100 / 100       100 / 100       100 / 100
+cnn, kB           150             82              26
+vit, kB           408             224             66
+translator, kB    2,007           1,147           415
+================= =============== =============== ================
+
+On disk it is another matter: orbax zips what it writes. A dense checkpoint of 2:4
+weights, half of them zeros, is about as small as the compressed one (vit: 270 and
+260 kB, 410 without zeros), and one of SRigL's is smaller (100 and 125 kB; each array of
+a compressed leaf has its own overhead). What stays small is what is loaded: bytes in
+memory are those of the table. ``--dtype int8`` halves the files too (vit, 2:4: 81 kB in
+memory, 136 on disk) and is not exact: 99.6 to 100 % of the answers are the same.
+
+Time: all of it took about 35 minutes on one core of an AMD EPYC that other work shared.
 """
 
 import argparse

@@ -78,11 +78,28 @@ def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F
         gathered = rows.at[indices].get(mode="promise_in_bounds")
         return total + values[:, None].astype(rows.dtype) * gathered, None
 
+    def add_several(total: Array, slots: tuple[Array, Array]) -> tuple[Array, None]:
+        values, indices = slots
+        for j in range(values.shape[1]):
+            total, _ = add(total, (values[:, j], indices[:, j]))
+        return total, None
+
     # Under shard_map, zeros like the rows vary over the axes that these do.
     total = jnp.zeros_like(rows, shape=(w.values.shape[0], batch))
-    slots = (w.weights.T, w.indices.T)
-    small = isinstance(batch, int) and batch < 32  # an exported batch may be symbolic
-    total, _ = lax.scan(add, total, slots, unroll=1 if small else 4)
+    stored = (w.weights, w.indices)
+    if isinstance(batch, int) and batch < 32:  # an exported batch may be symbolic
+        total, _ = lax.scan(add, total, (stored[0].T, stored[1].T))
+    else:
+        # Several slots a step: wide sums are read and written less often.
+        whole = w.fan_in // 8 * 8
+        if whole:
+            grouped = [
+                jnp.swapaxes(a[:, :whole].reshape(a.shape[0], -1, 8), 0, 1)
+                for a in stored
+            ]
+            total, _ = lax.scan(add_several, total, tuple(grouped))
+        rest = (stored[0][:, whole:].T, stored[1][:, whole:].T)
+        total, _ = lax.scan(add, total, rest)
     total = total.astype(x.dtype)
     if w.neurons.size < outputs:
         total = (
