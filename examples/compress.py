@@ -45,7 +45,7 @@ a compressed leaf has its own overhead). What stays small is what is loaded: byt
 memory are those of the table. ``--dtype int8`` halves the files too (vit, 2:4: 81 kB in
 memory, 136 on disk) and is not exact: 99.6 to 100 % of the answers are the same.
 
-Time: all of it took about 35 minutes on one core of an AMD EPYC that other work shared.
+Time: 40 to 47 seconds a training of the nnx translator, on one core of an AMD EPYC.
 """
 
 import argparse

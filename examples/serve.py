@@ -21,6 +21,8 @@ channels)``, those of a translator are lines of text. Answers are written one pe
 Requests are filled up to the next of a few fixed batch sizes (``--sizes``), so that XLA
 compiles few programs, all of them before the first request. `serving.py` has the
 server. Stop it with Ctrl-C: it prints the latencies.
+
+Time: 23 seconds without any argument, training included, on one core of an AMD EPYC.
 """
 
 import argparse
