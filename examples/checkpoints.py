@@ -63,7 +63,8 @@ def load(directory: pathlib.Path, like: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: The folder has no such checkpoint.
-      ValueError: A leaf of ``like`` is not in the checkpoint or has another shape or
+      ValueError: A compressed leaf has indices that are out of range; or a leaf of
+        ``like`` is not in the checkpoint or has another shape or
         dtype, or the checkpoint has leaves that ``like`` has not.
     """
     directory = directory.absolute()
@@ -85,6 +86,9 @@ def load(directory: pathlib.Path, like: Any = None) -> Any:
             )
         )
         params = checkpointer.restore(directory, only_params)["params"]
+    for _, leaf in _named(params):
+        if formats.is_compressed(leaf):
+            formats.validate(leaf)  # products trust its indices
     return params if like is None else _arranged(params, like)
 
 

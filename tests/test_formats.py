@@ -591,3 +591,52 @@ def test_arrays_are_matrices_without_work(kind):
     else:
         assert_same_bits(turned.todense(), small.todense().T)
         assert_same_bits(turned.transposed.todense(), small.todense())
+
+
+# What was read from somewhere ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_from_dense_made_is_valid(kind):
+    small = make(kind)
+    assert formats.validate(small) is small
+    stack = jax.tree.map(lambda *a: jnp.stack(a), small, make(kind, 1))
+    assert formats.validate(stack) is stack
+    with pytest.raises(TypeError, match="formats.validate was called under a JAX"):
+        jax.jit(formats.validate)(small)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "match"),
+    [
+        ("fan_in", {"indices": lambda a: a + 5}, r"indices at \(\d, \d\) is \d+, but"),
+        ("fan_in", {"indices": lambda a: a[:, ::-1]}, "indices must ascend, but"),
+        ("fan_in", {"indices": lambda a: a[:, :2]}, r"indices has shape \(7, 2\), but"),
+        (
+            "fan_in",
+            {"neurons": lambda a: a + 1},
+            r"neurons at \(6,\) is 8, but must be",
+        ),
+        ("fan_in", {"neurons": lambda a: a - 1}, r"neurons at \(0,\) is -1, but must"),
+        ("fan_in", {"neurons": lambda a: a[:3]}, r"neurons has shape \(3,\), but must"),
+        ("nm", {"codes": lambda a: a * 0}, "positions must ascend, but 0 follows 0"),
+        ("nm", {"values": lambda a: a[:, :2]}, "hold 16 weights, but 2:4 of shape"),
+        (
+            "block",
+            {"rows": lambda a: a + 4},
+            r"rows at \(0,\) is \d, but must be below 2",
+        ),
+        (
+            "block",
+            {"columns": lambda a: a + 4},
+            r"columns at \(\d,\) is \d, but must be",
+        ),
+        ("block", {"columns": lambda a: a[::-1]}, "column . rows . row must ascend"),
+        ("block", {"rows": lambda a: a[:1]}, r"rows has shape \(1,\), but must have"),
+    ],
+)
+def test_arrays_that_cannot_be_multiplied_are_refused(kind, changes, match):
+    small = make(kind)
+    changed = {name: change(getattr(small, name)) for name, change in changes.items()}
+    with pytest.raises(ValueError, match=match):
+        formats.validate(dataclasses.replace(small, **changed))

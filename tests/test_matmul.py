@@ -348,6 +348,17 @@ def test_wrong_dtypes_are_refused(unchecked):
         nm.matmul(normal(0, (3, K)), jnp.ones((K, F), jnp.int8))
 
 
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_bias_is_added(compressed, unchecked):
+    x, w, bias = normal(0, (2, 3, K)), make("nm"), normal(1, (F,))
+    w = w if compressed else w.todense()
+    assert_close(nm.matmul(x, w, bias=bias), nm.matmul(x, w) + bias)
+    with pytest.raises(ValueError, match=r"bias is float32 of shape \(16,\), but must"):
+        nm.matmul(x, w, bias=normal(1, (K,)))
+    with pytest.raises(TypeError, match="bias is bfloat16 of shape"):
+        nm.matmul(x, w, bias=bias.astype(jnp.bfloat16))
+
+
 def test_implementations_that_cannot_serve_are_refused():
     x, w = normal(0, (3, K)), make("nm")
     assert_close(nm.matmul(x, w, implementation="xla"), nm.matmul(x, w))

@@ -3,6 +3,7 @@
 - `NMArray`: n of every m values along an axis, positions packed in bytes.
 - `FanInArray`: the same number of inputs for every active neuron.
 - `BlockArray`: whole blocks.
+- `validate`: checks what was read from somewhere.
 - `quantize`: integers or float8 with scales in place of the values.
 - `decompress`, `sizes`: whole trees of params, as `nmjax.compress` makes them.
 
@@ -17,6 +18,7 @@ from nmjax.formats.fan_in import FanInArray
 from nmjax.formats.grouped import NMArray
 from nmjax.formats.quantizing import quantize
 from nmjax.formats.trees import decompress, is_compressed, sizes
+from nmjax.formats.validation import validate
 
 __all__ = [
     "BlockArray",
@@ -27,4 +29,5 @@ __all__ = [
     "is_compressed",
     "quantize",
     "sizes",
+    "validate",
 ]

@@ -1,5 +1,6 @@
 """What users call: one matmul for dense and compressed weights."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,14 +18,14 @@ def matmul(
     x: Float[jax.Array, "... K"],
     w: Compressed | FloatArray,
     *,
+    bias: Float[jax.Array, "F"] | None = None,
     implementation: str | None = None,
 ) -> Float[jax.Array, "... F"]:
     r"""Multiply with a compressed or dense matrix.
 
-    .. math:: y_{\ldots f} = \sum_k x_{\ldots k} w_{kf}
+    .. math:: y_{\ldots f} = \sum_k x_{\ldots k} w_{kf} + b_f
 
-    Sums are added up in float32 or wider, the result has x's dtype. There is no bias:
-    add it to the result, XLA fuses the two.
+    Sums are added up in float32 or wider, the result has x's dtype.
 
     Derivatives of any order and mode reach x and the stored values: a compressed layer
     can be fine-tuned, and its zeros stay zero. The gradient is taken with the
@@ -42,6 +43,7 @@ def matmul(
       x: inputs, with any number of leading axes.
       w: a compressed array of dense shape ``(K, F)``, or a dense array of that shape,
         which is multiplied as `jax.numpy.matmul` does. Its dtype must be x's.
+      bias: None, or what is added to the product, of x's dtype.
       implementation: ``"xla"`` computes in plain XLA operations, ``"native"`` with the
         native CPU kernels, ``"pallas"`` with a GPU kernel. Default: the fastest that
         `backends` names for the platform and that serves these arguments.
@@ -52,7 +54,7 @@ def matmul(
     Raises:
       ValueError: w is not a matrix, x has another length K, or the implementation
         has no such name.
-      TypeError: x and w are not floating arrays of the same dtype.
+      TypeError: x, w and bias are not floating arrays of the same dtype.
       NotImplementedError: the implementation named cannot serve these arguments; with
         the reason.
 
@@ -66,22 +68,26 @@ def matmul(
       >>> nm.matmul(jnp.array([1.0, 10.0, 100.0, 1000.0]), small["kernel"]).tolist()
       [2010.0, 403.0]
     """
-    _check_operands(x, w)
+    _check_operands(x, w, bias)
     _check_implementation(implementation, x, w)
     if not isinstance(w, Compressed):
-        return reference.multiply(x, w)
+        out = reference.multiply(x, w)
+    elif (out_sharding := _explicit_sharding(x, w)) is None:
+        out = _multiply_rows(x, w, implementation)
+    else:
+        product = functools.partial(_multiply_rows, implementation=implementation)
+        partitioned: Any = jax.sharding.auto_axes(product, out_sharding=out_sharding)
+        out = partitioned(x, w)
+    return out if bias is None else out + bias
 
-    def product(x: jax.Array, w: Compressed) -> jax.Array:
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        return compressed_matmul(rows, w, implementation).reshape(
-            *x.shape[:-1], w.shape[-1]
-        )
 
-    out_sharding = _explicit_sharding(x, w)
-    if out_sharding is None:
-        return product(x, w)
-    partitioned: Any = jax.sharding.auto_axes(product, out_sharding=out_sharding)
-    return partitioned(x, w)
+def _multiply_rows(
+    x: jax.Array, w: Compressed, implementation: str | None
+) -> jax.Array:
+    """Multiply all rows of the leading axes as one matrix."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    out = compressed_matmul(rows, w, implementation)
+    return out.reshape(*x.shape[:-1], w.shape[-1])
 
 
 class Backend(NamedTuple):
@@ -149,8 +155,9 @@ def _check_implementation(implementation: str | None, x: Any, w: Any) -> None:
             )
 
 
-def _check_operands(x: Any, w: Any) -> None:
-    for name, array in (("x", x), ("w", w)):
+def _check_operands(x: Any, w: Any, bias: Any) -> None:
+    given = {"x": x, "w": w} | ({} if bias is None else {"bias": bias})
+    for name, array in given.items():
         if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
             raise TypeError(
                 f"{name} of shape {array.shape} has dtype {array.dtype}, but must be a "
@@ -171,6 +178,12 @@ def _check_operands(x: Any, w: Any) -> None:
         raise TypeError(
             f"x is {x.dtype} and w {w.dtype}, but they must have the same dtype: use "
             f"x.astype({str(w.dtype)!r}), or make w of {x.dtype} weights"
+        )
+
+    if bias is not None and (bias.shape != (w.shape[1],) or bias.dtype != x.dtype):
+        raise (ValueError if bias.dtype == x.dtype else TypeError)(
+            f"bias is {bias.dtype} of shape {bias.shape}, but must be {x.dtype} of "
+            f"shape ({w.shape[1]},), like the outputs of w"
         )
 
 

@@ -157,11 +157,14 @@ static int64_t ChunkOf(const ffi::ThreadPool& pool, int64_t outputs, int64_t wor
 }
 
 // Rows of x that are taken at a time: one, or those that there are filled up to 4, 8 or
-// one, two or four vectors.
-static int64_t TileWidth(int64_t rows, int64_t lanes) {
+// one, two or four vectors. The tile must stay in the second cache beside the weights.
+static int64_t TileWidth(int64_t rows, int64_t inputs, int64_t lanes) {
   if (rows <= 1) return 1;
+  constexpr int64_t kLargest = 1 << 19;  // bytes
   int64_t width = 4;
-  while (width < rows && width < 4 * lanes) width *= 2;
+  while (width < rows && width < 4 * lanes && 8 * width * inputs <= kLargest) {
+    width *= 2;
+  }
   return width;
 }
 
@@ -315,7 +318,7 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   }
   const int64_t rows = Length(x, 2), outputs = Length(*y, 1);
   const int64_t alive = Length(values, 2);
-  const int64_t width = TileWidth(rows, kernels->lanes);
+  const int64_t width = TileWidth(rows, Length(x, 1), kernels->lanes);
   Scratch tile = Allocate(Length(x, 1) * width);
   Scales factors(scales, has_scales, alive);
   const int64_t stack = Stack(x, 2);
@@ -346,7 +349,7 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
       !AsNumber(x.element_type(), &x_type)) {
     return Unsupported("dtype");
   }
-  const int64_t width = TileWidth(Length(x, 2), kernels->lanes);
+  const int64_t width = TileWidth(Length(x, 2), Length(x, 1), kernels->lanes);
   Scratch tile = Allocate(Length(x, 1) * width);
   Scales factors(scales, has_scales, task.blocks);
   const int64_t stack = Stack(x, 2);
