@@ -93,11 +93,11 @@ def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F
         # Several slots a step: wide sums are read and written less often.
         whole = w.fan_in // 8 * 8
         if whole:
-            grouped = [
+            values, indices = (
                 jnp.swapaxes(a[:, :whole].reshape(a.shape[0], -1, 8), 0, 1)
                 for a in stored
-            ]
-            total, _ = lax.scan(add_several, total, tuple(grouped))
+            )
+            total, _ = lax.scan(add_several, total, (values, indices))
         rest = (stored[0][:, whole:].T, stored[1][:, whole:].T)
         total, _ = lax.scan(add, total, rest)
     total = total.astype(x.dtype)
