@@ -317,8 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["best"] = matmul_report.best_forms(table)
         results["rows"] = rows
         if options.json:  # after each section: a run that is stopped has given some
-            text = json.dumps(results, indent=1)
-            pathlib.Path(options.json).write_text(f"{text}\n")
+            pathlib.Path(options.json).write_text(matmul_report.to_json(results))
     if isinstance(benchmark.torch, timing.Peer):
         benchmark.torch.close()
     print(matmul_report.bars_to_text(results["bars"]))
@@ -327,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pathlib.Path(options.markdown).write_text(text)
     if options.forms:
         forms = matmul_report.to_forms(table, machine)
-        pathlib.Path(options.forms).write_text(matmul_report.forms_to_text(forms))
+        pathlib.Path(options.forms).write_text(matmul_report.to_json(forms))
     if options.plot:
         matmul_report.plot(benchmark.rows, options.plot, machine["processor"])
 

@@ -211,11 +211,25 @@ def to_forms(rows: Iterable[Row], machine: Mapping[str, str]) -> dict[str, Any]:
     return {"machine": dict(machine), "rows": found}
 
 
-def forms_to_text(forms: Mapping[str, Any]) -> str:
-    """Format what `to_forms` gave as JSON, a line for each cell."""
-    head = json.dumps({"machine": forms["machine"]}, indent=1)[:-2]
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in forms["rows"])
-    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+def to_json(results: Mapping[str, Any]) -> str:
+    """Format results as JSON, a line for each of their rows.
+
+    Args:
+      results: what can be written as JSON, with a list ``rows`` of dicts.
+
+    Returns:
+      The text; numbers of rows have four significant digits.
+    """
+    head = {key: value for key, value in results.items() if key != "rows"}
+    rows = [
+        {key: _short(value) for key, value in row.items()} for row in results["rows"]
+    ]
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def to_markdown(best: Sequence[Row], machine: Mapping[str, str]) -> str:

@@ -225,7 +225,7 @@ def test_table_for_dispatch_has_the_ratios_of_a_cell(load):
     keys = {"format": "FanIn", "layout": "", "values": "float32"}
     keys |= {"density": 0.1, "batch": 1, "ratios": {"native": 0.25, "slots": 0.5}}
     assert forms == {"machine": {"device": "cpu"}, "rows": [keys]}
-    text = report.forms_to_text(forms)
+    text = report.to_json(forms)
     assert json.loads(text) == forms and len(text.splitlines()) == 8
 
 
