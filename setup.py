@@ -1,10 +1,13 @@
 """Build the native CPU kernels where there is a compiler. All else: pyproject.toml."""
 
+import pathlib
 from typing import Any
 
 import jax
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+SOURCES = "nmjax/kernels/cpu"
 
 
 class BuildLibrary(build_ext):
@@ -20,11 +23,8 @@ setup(
     ext_modules=[
         Extension(
             "nmjax.kernels.native_library",
-            ["nmjax/kernels/cpu/library.cc"],
-            depends=[
-                f"nmjax/kernels/cpu/{name}"
-                for name in ("common.h", "lanes.inc", "fan_in.inc", "grouped.inc")
-            ],
+            [f"{SOURCES}/library.cc"],
+            depends=[str(path) for path in pathlib.Path(SOURCES).glob("*.[hi]*")],
             include_dirs=[jax.ffi.include_dir()],
             extra_compile_args=[
                 "-std=c++17",

@@ -1,0 +1,177 @@
+// From the buffers that XLA hands over to the tasks of the kernels.
+#ifndef NMJAX_KERNELS_CPU_BUFFERS_H_
+#define NMJAX_KERNELS_CPU_BUFFERS_H_
+
+#include <cstdlib>
+#include <string>
+
+#include "common.h"
+#include "instructions.h"
+
+namespace nmjax {
+
+namespace ffi = xla::ffi;
+
+// Scratch memory, aligned to cache lines.
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+using Scratch = std::unique_ptr<float, Free>;
+
+static Scratch Allocate(int64_t count) {
+  const size_t bytes = (std::max<int64_t>(count, 1) * 4 + 63) / 64 * 64;
+  return Scratch(static_cast<float*>(std::aligned_alloc(64, bytes)));
+}
+
+static ffi::Error Unsupported(const char* what) {
+  return ffi::Error::InvalidArgument(std::string("nmjax: unsupported ") + what);
+}
+
+static bool AsNumber(ffi::DataType type, Number* number) {
+  switch (type) {
+    case ffi::F32: *number = Number::kFloat32; return true;
+    case ffi::BF16: *number = Number::kBfloat16; return true;
+    case ffi::S8: *number = Number::kInt8; return true;
+    case ffi::U8: *number = Number::kUint8; return true;
+    case ffi::U16: *number = Number::kUint16; return true;
+    case ffi::U32: *number = Number::kUint32; return true;
+    default: return false;
+  }
+}
+
+static int64_t Bytes(Number number) {
+  switch (number) {
+    case Number::kFloat32:
+    case Number::kUint32: return 4;
+    case Number::kBfloat16:
+    case Number::kUint16: return 2;
+    default: return 1;
+  }
+}
+
+static const char* At(const void* start, int64_t count, Number number) {
+  return static_cast<const char*>(start) + count * Bytes(number);
+}
+
+// Work in chunks of outputs: a few for each thread, but none so small that handing it
+// over costs more than it does.
+static int64_t ChunkOf(const ffi::ThreadPool& pool, int64_t outputs, int64_t work) {
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t by_threads = (outputs + 4 * threads - 1) / (4 * threads);
+  const int64_t by_work = 20000 / std::max<int64_t>(1, work / std::max<int64_t>(1, outputs));
+  const int64_t chunk = std::max(by_threads, by_work);
+  return std::max<int64_t>(8, (chunk + 7) / 8 * 8);
+}
+
+// Rows of x that are taken at a time: one, or those that there are filled up to 4, 8 or
+// one, two or four vectors. The tile must stay in the second cache beside the weights.
+static int64_t TileWidth(int64_t rows, int64_t inputs, int64_t lanes) {
+  if (rows <= 1) return 1;
+  constexpr int64_t kLargest = 1 << 19;  // bytes
+  int64_t width = 4;
+  while (width < rows && width < 4 * lanes && 8 * width * inputs <= kLargest) {
+    width *= 2;
+  }
+  return width;
+}
+
+// Product of the leading axes that count the arrays of a stack.
+static int64_t Stack(ffi::AnyBuffer buffer, size_t rank) {
+  int64_t count = 1;
+  for (size_t i = 0; i + rank < buffer.dimensions().size(); ++i) {
+    count *= buffer.dimensions()[i];
+  }
+  return count;
+}
+
+// Length of an axis, counted from the end.
+static int64_t Length(ffi::AnyBuffer buffer, size_t from_end) {
+  return buffer.dimensions()[buffer.dimensions().size() - from_end];
+}
+
+// Scales as floats, or null where there are none.
+class Scales {
+ public:
+  Scales(ffi::AnyBuffer buffer, bool present, int64_t count)
+      : buffer_(buffer), count_(count) {
+    if (present) floats_ = Allocate(count);
+  }
+
+  const float* OfLayer(const Kernels& kernels, int64_t layer) {
+    if (!floats_) return nullptr;
+    Number type;
+    if (!AsNumber(buffer_.element_type(), &type)) return nullptr;
+    kernels.widen(At(buffer_.untyped_data(), layer * count_, type), type, floats_.get(),
+                  count_);
+    return floats_.get();
+  }
+
+ private:
+  ffi::AnyBuffer buffer_;
+  int64_t count_;
+  Scratch floats_;
+};
+
+// Fill in what all tasks have of a format's arrays.
+static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer indices,
+                     ffi::AnyBuffer neurons, FanInTask* task) {
+  task->fan_in = Length(values, 1);
+  return AsNumber(values.element_type(), &task->value) &&
+         AsNumber(indices.element_type(), &task->index) &&
+         neurons.element_type() == ffi::S32;
+}
+
+static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer indices,
+                     ffi::AnyBuffer neurons, int64_t layer, int64_t outputs,
+                     FanInTask* task) {
+  const int64_t alive = Length(values, 2), count = layer * alive * task->fan_in;
+  task->values = At(values.untyped_data(), count, task->value);
+  task->indices = At(indices.untyped_data(), count, task->index);
+  task->columns =
+      alive == outputs
+          ? nullptr
+          : static_cast<const int32_t*>(neurons.untyped_data()) + layer * alive;
+}
+
+static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer codes, int64_t n, int64_t m,
+                     int64_t bits, GroupedTask* task) {
+  task->n = n;
+  task->m = m;
+  task->bits = bits;
+  task->outputs = Length(values, 2);
+  task->kept = Length(values, 1);
+  task->code_bytes = Length(codes, 1);
+  return AsNumber(values.element_type(), &task->value);
+}
+
+static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer codes, int64_t layer,
+                     GroupedTask* task) {
+  task->values =
+      At(values.untyped_data(), layer * task->outputs * task->kept, task->value);
+  task->codes = static_cast<const uint8_t*>(codes.untyped_data()) +
+                layer * task->outputs * task->code_bytes;
+}
+
+static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer rows, ffi::AnyBuffer columns,
+                     BlockTask* task) {
+  task->blocks = Length(values, 3);
+  task->block_inputs = Length(values, 2);
+  task->block_outputs = Length(values, 1);
+  task->columns = nullptr;
+  return AsNumber(values.element_type(), &task->value) &&
+         AsNumber(rows.element_type(), &task->index) &&
+         AsNumber(columns.element_type(), &task->column_index);
+}
+
+static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer rows, ffi::AnyBuffer columns,
+                     int64_t layer, BlockTask* task) {
+  const int64_t count = layer * task->blocks;
+  task->values = At(values.untyped_data(),
+                    count * task->block_inputs * task->block_outputs, task->value);
+  task->rows_of = At(rows.untyped_data(), count, task->index);
+  task->columns_of = At(columns.untyped_data(), count, task->column_index);
+}
+
+}  // namespace nmjax
+
+#endif  // NMJAX_KERNELS_CPU_BUFFERS_H_
