@@ -27,6 +27,10 @@ static ffi::Error Unsupported(const char* what) {
   return ffi::Error::InvalidArgument(std::string("nmjax: unsupported ") + what);
 }
 
+static ffi::Error OutOfMemory() {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "nmjax: out of memory");
+}
+
 static bool AsNumber(ffi::DataType type, Number* number) {
   switch (type) {
     case ffi::F32: *number = Number::kFloat32; return true;
@@ -93,9 +97,12 @@ static int64_t Length(ffi::AnyBuffer buffer, size_t from_end) {
 class Scales {
  public:
   Scales(ffi::AnyBuffer buffer, bool present, int64_t count)
-      : buffer_(buffer), count_(count) {
+      : buffer_(buffer), count_(count), present_(present) {
     if (present) floats_ = Allocate(count);
   }
+
+  // Whether there is memory for those that are present.
+  explicit operator bool() const { return !present_ || floats_ != nullptr; }
 
   const float* OfLayer(const Kernels& kernels, int64_t layer) {
     if (!floats_) return nullptr;
@@ -109,6 +116,7 @@ class Scales {
  private:
   ffi::AnyBuffer buffer_;
   int64_t count_;
+  bool present_;
   Scratch floats_;
 };
 

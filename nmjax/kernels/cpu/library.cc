@@ -68,6 +68,7 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   const int64_t width = TileWidth(rows, Length(x, 1), kernels->lanes);
   Scratch tile = Allocate(Length(x, 1) * width);
   Scales factors(scales, has_scales, alive);
+  if (!tile || !factors) return OutOfMemory();
   const int64_t stack = Stack(x, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, indices, neurons, layer, outputs, &task);
@@ -99,6 +100,7 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   const int64_t width = TileWidth(Length(x, 2), Length(x, 1), kernels->lanes);
   Scratch tile = Allocate(Length(x, 1) * width);
   Scales factors(scales, has_scales, task.blocks);
+  if (!tile || !factors) return OutOfMemory();
   const int64_t stack = Stack(x, 2);
   const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
   for (int64_t layer = 0; layer < stack; ++layer) {
@@ -130,6 +132,7 @@ static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   const bool widen = x_type != Number::kFloat32;
   Scratch wide = Allocate(widen ? count : 1);
   Scales factors(scales, has_scales, outputs);
+  if (!wide || !factors) return OutOfMemory();
   const int64_t stack = Stack(x, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, codes, layer, &task);
@@ -179,6 +182,7 @@ static ffi::Error ExpandFanInCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
   }
   const int64_t alive = Length(values, 2), inputs = Length(*y, 1);
   Scales factors(scales, has_scales, alive);
+  if (!factors) return OutOfMemory();
   const int64_t stack = Stack(values, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, indices, neurons, layer, Length(*y, 2), &task);
@@ -202,6 +206,7 @@ static ffi::Error ExpandGroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
   }
   const int64_t inputs = Length(*y, 1);
   Scales factors(scales, has_scales, task.outputs);
+  if (!factors) return OutOfMemory();
   const int64_t stack = Stack(values, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, codes, layer, &task);
@@ -229,6 +234,7 @@ static ffi::Error ExpandBlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
   task.outputs = outputs_first ? lines : Length(*y, 1);
   const int64_t inputs = outputs_first ? Length(*y, 1) : 0;
   Scales factors(scales, has_scales, task.blocks);
+  if (!factors) return OutOfMemory();
   const int64_t stack = Stack(values, 3);
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, rows_of, columns_of, layer, &task);
