@@ -25,7 +25,7 @@ millisecond: measure yours (``--width``). ``--resume`` measures finished runs ag
 
 Result, seed 0: accuracy in % on digits and BLEU on dates, and bytes of all params.
 Compressed weights gave the same answer to every test input; logits of 2:4 were equal,
-those of SRigL differed by less than 1e-6 of the largest.
+those of SRigL differed by less than 1e-6 of the largest. Models were run one by one.
 
 ================= =============== =============== ================
 model             dense           2:4, SR-STE     fan-in of a tenth

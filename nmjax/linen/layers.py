@@ -276,8 +276,7 @@ def _apply(
             "bias", module.bias_init, (module.features,), module.param_dtype
         )
     inputs, values, bias = promote_dtype(inputs, values, bias, dtype=module.dtype)
-    y = matmul(inputs, kernel(values))
-    return y if bias is None else y + bias
+    return matmul(inputs, kernel(values), bias=bias)
 
 
 def _variables(kernel: Any, bias: Any, positions: dict[str, Any]) -> _Variables:

@@ -59,8 +59,7 @@ class _SparseDense(nnx.Module):
         inputs, values, bias = promote_dtype(
             (inputs, self.values[...], bias), dtype=self.dtype
         )
-        y = matmul(inputs, self._kernel(values))
-        return y if bias is None else y + bias
+        return matmul(inputs, self._kernel(values), bias=bias)
 
 
 class FanInDense(_SparseDense):

@@ -24,16 +24,9 @@ struct Kernels {
 };
 
 namespace portable {
+#define NAME "portable"
 #define LANES 4
-#include "lanes.inc"
-
-#include "fan_in.inc"
-
-#include "blocks.inc"
-#include "grouped.inc"
-static const Kernels kKernels = {"portable", LANES,           Widen,
-                                 TransposeInputs, FanIn, Grouped, Blocks};
-#undef LANES
+#include "kernels.inc"
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -45,16 +38,9 @@ static const Kernels kKernels = {"portable", LANES,           Widen,
 #pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
+#define NAME "avx2"
 #define LANES 8
-#include "lanes.inc"
-
-#include "fan_in.inc"
-
-#include "blocks.inc"
-#include "grouped.inc"
-static const Kernels kKernels = {"avx2", LANES,           Widen,
-                                 TransposeInputs, FanIn, Grouped, Blocks};
-#undef LANES
+#include "kernels.inc"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -66,16 +52,9 @@ static const Kernels kKernels = {"avx2", LANES,           Widen,
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl")
 #endif
 namespace avx512 {
+#define NAME "avx512"
 #define LANES 16
-#include "lanes.inc"
-
-#include "fan_in.inc"
-
-#include "blocks.inc"
-#include "grouped.inc"
-static const Kernels kKernels = {"avx512", LANES,           Widen,
-                                 TransposeInputs, FanIn, Grouped, Blocks};
-#undef LANES
+#include "kernels.inc"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
