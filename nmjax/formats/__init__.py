@@ -3,6 +3,7 @@
 - `NMArray`: n of every m values along an axis, positions packed in bytes.
 - `FanInArray`: the same number of inputs for every active neuron.
 - `BlockArray`: whole blocks.
+- `PreparedArray`: an `NMArray` as the tensor cores of a GPU take it, by `prepare`.
 - `validate`: checks what was read from somewhere.
 - `quantize`: integers or float8 with scales in place of the values.
 - `decompress`, `sizes`: whole trees of params, as `nmjax.compress` makes them.
@@ -16,6 +17,7 @@ from nmjax.formats.blocks import BlockArray
 from nmjax.formats.checks import Compressed
 from nmjax.formats.fan_in import FanInArray
 from nmjax.formats.grouped import NMArray
+from nmjax.formats.prepared import PreparedArray, prepare
 from nmjax.formats.quantizing import quantize
 from nmjax.formats.trees import decompress, is_compressed, sizes
 from nmjax.formats.validation import validate
@@ -25,8 +27,10 @@ __all__ = [
     "Compressed",
     "FanInArray",
     "NMArray",
+    "PreparedArray",
     "decompress",
     "is_compressed",
+    "prepare",
     "quantize",
     "sizes",
     "validate",
