@@ -2,7 +2,10 @@
 
 A sparse tensor core takes the two positions of every group of four from registers:
 each thread of a warpgroup holds one 32-bit word of them. An image has these words in
-the order of the threads, so that a kernel loads them as they are.
+the order of the threads, so that a kernel loads them as they are (`encode`, `decode`).
+
+Blackwell takes them from its tensor memory, to which they are copied from shared memory
+128 outputs and 128 inputs at a time (`encode_blackwell`, `decode_blackwell`).
 """
 
 import jax.numpy as jnp
@@ -11,6 +14,9 @@ from jaxtyping import Array, Int32, UInt8
 
 FEATURES, INPUTS, THREADS = 64, 64, 128
 """Outputs and inputs that the words of the 128 threads of a warpgroup describe."""
+
+BLOCK = 128
+"""Outputs, and inputs, that are copied to Blackwell's tensor memory at a time."""
 
 
 def encode(
@@ -25,8 +31,9 @@ def encode(
     instruction takes 32 inputs: the first one reads threads 0 and 1 of a quad (selector
     0), the second one threads 2 and 3 (selector 1).
 
-    With 8-bit values it has those of the 32 inputs from :math:`32 (\lfloor t / 2 \rfloor
-    \bmod 2)` of output :math:`16 p + q + 8 (t \bmod 2)`; an instruction takes 64.
+    With 8-bit values it has those of the 32 inputs from :math:`32 (\lfloor t / 2
+    \rfloor \bmod 2)` of output :math:`16 p + q + 8 (t \bmod 2)`; an instruction takes
+    64.
 
     Args:
       codes: positions as an `NMArray` packs them, four to a byte: ``(F, K / 8)``. F and
@@ -108,3 +115,96 @@ def decode(
         order = (0, 2, 5, 3, 1, 4, 6)
     ordered = split.transpose(*range(depth), *(depth + axis for axis in order))
     return ordered.reshape(*stack, tiles * FEATURES, steps * INPUTS // 8)
+
+
+def encode_blackwell(
+    codes: UInt8[Array, "*stack F packed"], bytes_per_value: int
+) -> Int32[Array, "*stack tiles steps 128 4"]:
+    r"""Order positions for Blackwell's instruction ``tcgen05.mma.sp``.
+
+    Each row of 16 bytes goes to one lane of tensor memory. With 8-bit values, lane
+    :math:`r` has the positions of 128 inputs of output :math:`r`. With 16-bit values,
+    byte :math:`b` of lane :math:`r` has those of the 8 inputs from
+
+    .. math:: 64 \left(\lfloor r / 8 \rfloor \bmod 2\right)
+       + 16 \lfloor b / 4 \rfloor + 8 (b \bmod 2)
+
+    of output :math:`16 \lfloor r / 16 \rfloor + (r \bmod 8) + 8 (\lfloor b / 2 \rfloor
+    \bmod 2)`.
+
+    Args:
+      codes: positions as an `NMArray` packs them, four to a byte: ``(F, K / 8)``. F and
+        K must be multiples of 128.
+      bytes_per_value: 2 or 1.
+
+    Returns:
+      The image, ``(F / 128, K / 128, 128, 4)``.
+
+    Raises:
+      ValueError: F or K is no multiple of 128.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.formats import images
+      >>> codes = jnp.zeros((128, 16), jnp.uint8).at[8, 0].set(0b1110_0100)
+      >>> image = images.encode_blackwell(codes, 2)
+      >>> image.shape, hex(int(image[0, 0, 0, 0]))
+      ((1, 1, 128, 4), '0xe40000')
+
+    Reference:
+      Parallel Thread Execution ISA, "Tensorcore 5th generation instructions": sparse
+      matrices.
+    """
+    *stack, features, packed = codes.shape
+    if features % BLOCK or packed % (BLOCK // 8):
+        raise ValueError(
+            f"codes of shape {codes.shape} describe {features} outputs and "
+            f"{8 * packed} inputs, but an image for Blackwell needs multiples of "
+            f"{BLOCK} of both"
+        )
+    tiles, steps = features // BLOCK, 8 * packed // BLOCK
+    depth = len(stack)
+    if bytes_per_value == 2:
+        # Axes: tile, rows by 16, by 8, row, step, inputs by 64, by 16, byte.
+        split = codes.reshape(*stack, tiles, 8, 2, 8, steps, 2, 4, 2)
+        order = (0, 4, 1, 5, 3, 6, 2, 7)
+    else:
+        split = codes.reshape(*stack, tiles, BLOCK, steps, BLOCK // 8)
+        order = (0, 2, 1, 3)
+    ordered = split.transpose(*range(depth), *(depth + axis for axis in order))
+    shape = (*stack, tiles, steps, BLOCK, 4, 4)
+    return lax.bitcast_convert_type(ordered.reshape(shape), jnp.int32)
+
+
+def decode_blackwell(
+    image: Int32[Array, "*stack tiles steps 128 4"], bytes_per_value: int
+) -> UInt8[Array, "*stack F packed"]:
+    """Undo `encode_blackwell`.
+
+    Args:
+      image: what `encode_blackwell` gave, ``(F / 128, K / 128, 128, 4)``.
+      bytes_per_value: 2 or 1.
+
+    Returns:
+      The positions, packed four to a byte: ``(F, K / 8)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.formats import images
+      >>> codes = jnp.arange(128 * 16).reshape(128, 16).astype(jnp.uint8)
+      >>> image = images.encode_blackwell(codes, 2)
+      >>> bool((images.decode_blackwell(image, 2) == codes).all())
+      True
+    """
+    *stack, tiles, steps, _, _ = image.shape
+    octets = lax.bitcast_convert_type(image, jnp.uint8)
+    depth = len(stack)
+    if bytes_per_value == 2:
+        # Axes: tile, step, rows by 16, inputs by 64, row, inputs by 16, by 8, byte.
+        split = octets.reshape(*stack, tiles, steps, 8, 2, 8, 4, 2, 2)
+        order = (0, 2, 6, 4, 1, 3, 5, 7)
+    else:
+        split = octets.reshape(*stack, tiles, steps, BLOCK, BLOCK // 8)
+        order = (0, 2, 1, 3)
+    ordered = split.transpose(*range(depth), *(depth + axis for axis in order))
+    return ordered.reshape(*stack, tiles * BLOCK, steps * BLOCK // 8)

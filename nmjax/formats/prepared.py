@@ -36,7 +36,7 @@ class PreparedArray(Compressed):
         multiples of 128.
       scales: None, or a factor of each output of quantized values, ``(F', 1)``.
       image: positions as `nmjax.formats.images` orders them, int32
-        ``(F' / 64, K' / 64, 128)``.
+        ``(F' / 64, K' / 64, 128)``, or for sm100 ``(F' / 128, K' / 128, 128, 4)``.
       target: the GPU, of `TARGETS`.
       axis: as in `NMArray`.
       dense_shape: as in `NMArray`.
@@ -87,14 +87,17 @@ class PreparedArray(Compressed):
         if scales is not None:
             scales = _fill(scales, more_outputs, 0)
         # Quantized values are multiplied after they were cast to the weights' dtype.
-        image = images.encode(codes, jnp.dtype(small.dtype).itemsize)
+        encode = images.encode_blackwell if target == "sm100" else images.encode
+        image = encode(codes, jnp.dtype(small.dtype).itemsize)
         return cls(values, scales, image, target, small.axis, small.dense_shape)
 
     @property
     def canonical(self) -> NMArray:
         """The `NMArray` that it was made from, bit for bit."""
         outputs, kept = self._stored_shape
-        codes = images.decode(self.image, jnp.dtype(self.dtype).itemsize)
+        blackwell = self.target == "sm100"
+        decode = images.decode_blackwell if blackwell else images.decode
+        codes = decode(self.image, jnp.dtype(self.dtype).itemsize)
         codes = codes[..., :outputs, : -(-kept // 4)]
         if kept % 4:  # the high bits of a byte that is not full are 0
             last = (codes[..., -1:] & jnp.uint8((1 << 2 * (kept % 4)) - 1)).astype(
