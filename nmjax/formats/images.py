@@ -126,8 +126,8 @@ def encode_blackwell(
     :math:`r` has the positions of 128 inputs of output :math:`r`. With 16-bit values,
     byte :math:`b` of lane :math:`r` has those of the 8 inputs from
 
-    .. math:: 64 \left(\lfloor r / 8 \rfloor \bmod 2\right)
-       + 16 \lfloor b / 4 \rfloor + 8 (b \bmod 2)
+    .. math:: 32 \lfloor b / 4 \rfloor
+       + 16 \left(\lfloor r / 8 \rfloor \bmod 2\right) + 8 (b \bmod 2)
 
     of output :math:`16 \lfloor r / 16 \rfloor + (r \bmod 8) + 8 (\lfloor b / 2 \rfloor
     \bmod 2)`.
@@ -165,9 +165,9 @@ def encode_blackwell(
     tiles, steps = features // BLOCK, 8 * packed // BLOCK
     depth = len(stack)
     if bytes_per_value == 2:
-        # Axes: tile, rows by 16, by 8, row, step, inputs by 64, by 16, byte.
-        split = codes.reshape(*stack, tiles, 8, 2, 8, steps, 2, 4, 2)
-        order = (0, 4, 1, 5, 3, 6, 2, 7)
+        # Axes: tile, rows by 16, by 8, row, step, inputs by 32, by 16, byte.
+        split = codes.reshape(*stack, tiles, 8, 2, 8, steps, 4, 2, 2)
+        order = (0, 4, 1, 6, 3, 5, 2, 7)
     else:
         split = codes.reshape(*stack, tiles, BLOCK, steps, BLOCK // 8)
         order = (0, 2, 1, 3)
@@ -200,9 +200,9 @@ def decode_blackwell(
     octets = lax.bitcast_convert_type(image, jnp.uint8)
     depth = len(stack)
     if bytes_per_value == 2:
-        # Axes: tile, step, rows by 16, inputs by 64, row, inputs by 16, by 8, byte.
+        # Axes: tile, step, rows by 16, inputs by 16, row, inputs by 32, rows by 8, byte
         split = octets.reshape(*stack, tiles, steps, 8, 2, 8, 4, 2, 2)
-        order = (0, 2, 6, 4, 1, 3, 5, 7)
+        order = (0, 2, 6, 4, 1, 5, 3, 7)
     else:
         split = octets.reshape(*stack, tiles, steps, BLOCK, BLOCK // 8)
         order = (0, 2, 1, 3)
