@@ -11,7 +11,7 @@ from typing import Any as _Any
 from nmjax.budgets import Block, Channel, FanIn, Unstructured
 from nmjax.compression import compress
 from nmjax.distributions import er, erk, global_, uniform
-from nmjax.formats import decompress
+from nmjax.formats import decompress, prepare
 from nmjax.initial import sparse_init
 from nmjax.kernels import backends, conv_general_dilated, dot_general, matmul
 from nmjax.lottery import rewind
@@ -86,6 +86,7 @@ __all__ = [
     "one_shot",
     "plan",
     "progressive_nm",
+    "prepare",
     "project",
     "remove_neurons",
     "rewind",

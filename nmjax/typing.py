@@ -3,7 +3,7 @@
 from typing import TypeAlias
 
 import jax
-from jaxtyping import Bool, Float, Int, PyTree
+from jaxtyping import Bool, Float, Int, Num, PyTree
 
 Params: TypeAlias = PyTree
 """Any pytree of arrays: linen variables, `nnx.State`, tuples, lists, boxed leaves."""
@@ -14,6 +14,9 @@ Masks: TypeAlias = PyTree
 
 FloatArray: TypeAlias = Float[jax.Array, "..."]
 """A floating point array of any rank."""
+
+WeightArray: TypeAlias = Num[jax.Array, "..."]
+"""Weights of any rank: floating, or integers of a quantized layer."""
 
 MaskArray: TypeAlias = Bool[jax.Array, "..."]
 """A bool array of any rank, True = kept."""

@@ -359,11 +359,96 @@ def test_a_bias_is_added(compressed, unchecked):
         nm.matmul(x, w, bias=bias.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("kind", ["nm", "fan_in ablated", "dense"])
+def test_activations_and_their_derivatives(name, kind):
+    x, bias = normal(0, (3, K)), normal(1, (F,))
+    w = make("nm" if kind == "dense" else kind)
+    activate = getattr(jax.nn, name)
+
+    def expected(x, values, bias):
+        return activate(x @ with_values(w, values).todense() + bias)
+
+    def found(x, values, bias):
+        weights = with_values(w, values)
+        weights = weights.todense() if kind == "dense" else weights
+        return nm.matmul(x, weights, bias=bias, activation=name)
+
+    arguments = x, w.values, bias
+    assert_close(found(*arguments), expected(*arguments))
+    assert_close(
+        jax.jit(jax.jacobian(found, (0, 1, 2)))(*arguments),
+        jax.jit(jax.jacobian(expected, (0, 1, 2)))(*arguments),
+    )
+    no_bias = nm.matmul(x, w, activation=name)
+    assert_close(no_bias, activate(x @ w.todense()))
+
+
+def test_biases_and_activations_are_mapped_over():
+    stack, x, biases = stack_of("nm"), normal(1, (2, K)), normal(2, (3, F))
+
+    def layer(x, w, bias):
+        return nm.matmul(x, w, bias=bias, activation="relu")
+
+    expected = jax.nn.relu(x @ stack.todense() + biases[:, None])
+    assert_close(jax.vmap(layer, (None, 0, 0))(x, stack, biases), expected)
+    assert_close(
+        jax.vmap(layer, (None, None, 0))(x, make("nm"), biases)[1],
+        layer(x, make("nm"), biases[1]),
+    )
+    x = normal(3, (4, 2, K))
+    assert_close(
+        jax.vmap(layer, (0, None, None))(x, make("nm"), biases[0])[2],
+        layer(x[2], make("nm"), biases[0]),
+    )
+
+
+def test_unknown_activations_are_refused():
+    with pytest.raises(ValueError, match="activation='tanh' is not None, 'relu', 'ge"):
+        nm.matmul(normal(0, (3, K)), make("nm"), activation="tanh")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_may_have_another_dtype(kind, unchecked):
+    x, w = normal(0, (3, K), jnp.bfloat16), make(kind, dtype=jnp.bfloat16)
+    y = nm.matmul(x, w, preferred_element_type=jnp.float32)
+    assert y.dtype == jnp.float32
+    assert_close(y, as_float64(x) @ as_float64(densify(w)))
+    gradient = jax.grad(
+        lambda x: nm.matmul(x, w, preferred_element_type=jnp.float32).sum()
+    )
+    assert gradient(x).dtype == jnp.bfloat16
+    with pytest.raises(TypeError, match="preferred_element_type=int32 for a product"):
+        nm.matmul(x, w, preferred_element_type=jnp.int32)
+    with pytest.raises(TypeError, match="bias is bfloat16 of shape .* must be float32"):
+        bias = jnp.zeros(F, jnp.bfloat16)
+        nm.matmul(x, w, bias=bias, preferred_element_type=jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["nm", "fan_in", "dense"])
+def test_products_of_int8_are_exact_int32(kind):
+    x = jax.random.randint(jax.random.key(0), (3, K), -127, 128).astype(jnp.int8)
+    w = make("nm" if kind == "dense" else kind)
+    w = with_values(w, jnp.round(30 * w.values).astype(jnp.int8))
+    dense = np.asarray(w.todense()).astype(np.int64)
+    y = nm.matmul(x, w.todense() if kind == "dense" else w)
+    assert y.dtype == jnp.int32
+    np.testing.assert_array_equal(y, np.asarray(x).astype(np.int64) @ dense)
+
+
 def test_implementations_that_cannot_serve_are_refused():
     x, w = normal(0, (3, K)), make("nm")
     assert_close(nm.matmul(x, w, implementation="xla"), nm.matmul(x, w))
-    with pytest.raises(NotImplementedError, match="no Pallas kernel for NMArray yet"):
-        nm.matmul(x, w, implementation="pallas")
+    refused = [
+        (make("nm"), "float16, float8_e4m3fn, float8_e5m2, int8, not float32: cast"),
+        (make("nm", dtype=jnp.bfloat16), r"prepare it once, as in nm.prepare\(params"),
+        (make("fan_in"), "'pallas' serves NVIDIA GPUs only"),
+        (make("nm").todense(), "w is a dense array"),
+    ]
+    for w, reason in refused:
+        with pytest.raises(NotImplementedError, match=reason):
+            nm.matmul(x.astype(w.dtype), w, implementation="pallas")
+    w = make("nm")
     with pytest.raises(ValueError, match="implementation='cuda' is not None, 'xla', '"):
         nm.matmul(x, w, implementation="cuda")
 
@@ -372,8 +457,9 @@ def test_backends_name_what_matmul_takes():
     x, w = normal(0, (3, K)), make("nm")
     found = nm.backends()
     assert list(found) == ["cpu", "gpu", "tpu"]
+    assert found["gpu"].implementation == "pallas"
     for backend in found.values():
         assert backend.reason
-        assert_close(
-            nm.matmul(x, w, implementation=backend.implementation), nm.matmul(x, w)
-        )
+    for platform in ("cpu", "tpu"):
+        implementation = found[platform].implementation
+        assert_close(nm.matmul(x, w, implementation=implementation), nm.matmul(x, w))

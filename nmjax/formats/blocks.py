@@ -17,7 +17,7 @@ from nmjax.formats.checks import (
 )
 from nmjax.formats.fan_in import index_dtype
 from nmjax.masking.ordering import as_axis, check_multiple
-from nmjax.typing import FloatArray, MaskArray
+from nmjax.typing import MaskArray, WeightArray
 
 
 @register
@@ -59,7 +59,7 @@ class BlockArray(Compressed):
     @classmethod
     def from_dense(
         cls,
-        weights: FloatArray,
+        weights: WeightArray,
         outputs: int,
         inputs: int,
         axis: int = -2,
@@ -133,7 +133,7 @@ class BlockArray(Compressed):
         *inputs, outputs = self.dense_shape
         return dataclasses.replace(self, dense_shape=(math.prod(inputs), outputs))
 
-    def place(self, values: FloatArray) -> FloatArray:
+    def place(self, values: WeightArray) -> WeightArray:
         """Put values like `values` to where these stand in the dense array."""
         if values.ndim > 3:  # a stack of layers
             return jax.vmap(type(self).place)(self, values)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from nmjax.typing import FloatArray, MaskArray
+from nmjax.typing import MaskArray, WeightArray
 
 
 class Compressed:
@@ -49,19 +49,19 @@ class Compressed:
         """The transpose of a matrix, without any work; None where there is none."""
         return None
 
-    def place(self, values: FloatArray) -> FloatArray:
+    def place(self, values: WeightArray) -> WeightArray:
         """Put values like `values` to where these stand in the dense array."""
         raise NotImplementedError
 
     @property
-    def weights(self) -> FloatArray:
+    def weights(self) -> WeightArray:
         """The stored weights: `values`, times `scales` where there are scales."""
         if self.scales is None:
             return self.values
         scaled = self.values.astype(jnp.float32) * self.scales.astype(jnp.float32)
         return scaled.astype(self.scales.dtype)
 
-    def todense(self) -> FloatArray:
+    def todense(self) -> WeightArray:
         """Give the dense array."""
         return self.place(self.weights)
 
@@ -187,7 +187,7 @@ def check_concrete(name: str, *arrays: Any) -> None:
         )
 
 
-def check_shape_of_mask(weights: FloatArray, mask: MaskArray | None) -> MaskArray:
+def check_shape_of_mask(weights: WeightArray, mask: MaskArray | None) -> MaskArray:
     """Give the mask, or that of the non-zeros; it must cover them.
 
     Args:

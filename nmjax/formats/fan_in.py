@@ -16,7 +16,7 @@ from nmjax.formats.checks import (
     register,
 )
 from nmjax.masking.ordering import as_axes
-from nmjax.typing import FloatArray, MaskArray
+from nmjax.typing import MaskArray, WeightArray
 
 
 @register
@@ -62,7 +62,7 @@ class FanInArray(Compressed):
     @classmethod
     def from_dense(
         cls,
-        weights: FloatArray,
+        weights: WeightArray,
         neuron_axes: tuple[int, ...] = (-1,),
         mask: MaskArray | None = None,
     ) -> "FanInArray":
@@ -150,7 +150,7 @@ class FanInArray(Compressed):
             self, dense_shape=self.dense_shape[::-1], neuron_axes=axes
         )
 
-    def place(self, values: FloatArray) -> FloatArray:
+    def place(self, values: WeightArray) -> WeightArray:
         """Put values like `values` to where these stand in the dense array."""
         if values.ndim > 2:  # a stack of layers
             return jax.vmap(type(self).place)(self, values)

@@ -23,7 +23,7 @@ from nmjax.masking.ordering import (
     merge_axis,
     split_axis,
 )
-from nmjax.typing import FloatArray, MaskArray
+from nmjax.typing import MaskArray, WeightArray
 
 
 @register
@@ -76,7 +76,7 @@ class NMArray(Compressed):
     @classmethod
     def from_dense(
         cls,
-        weights: FloatArray,
+        weights: WeightArray,
         n: int,
         m: int,
         axis: int = -2,
@@ -169,7 +169,7 @@ class NMArray(Compressed):
         """What is stored, in words."""
         return f"{self.n}:{self.m} along {self.axis}"
 
-    def place(self, values: FloatArray) -> FloatArray:
+    def place(self, values: WeightArray) -> WeightArray:
         """Put values like `values` to where these stand in the dense array."""
         last = values.ndim - 1
         kept = split_axis(values, last, self.n)

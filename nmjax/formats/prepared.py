@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from nmjax.formats import images
 from nmjax.formats.checks import Compressed, register
 from nmjax.formats.grouped import NMArray
-from nmjax.typing import FloatArray, Params
+from nmjax.typing import Params, WeightArray
 
 TARGETS = ("sm80", "sm90", "sm100")
 """GPUs whose tensor cores take 2:4 weights: Ampere, Hopper, Blackwell."""
@@ -149,7 +149,7 @@ class PreparedArray(Compressed):
         shape = self.dense_shape[::-1]
         return dataclasses.replace(self, axis=-3 - self.axis, dense_shape=shape)
 
-    def place(self, values: FloatArray) -> FloatArray:
+    def place(self, values: WeightArray) -> WeightArray:
         """Put values like `values` to where these stand in the dense array."""
         outputs, kept = self._stored_shape
         return self.canonical.place(values[..., :outputs, :kept])

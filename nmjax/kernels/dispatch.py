@@ -5,14 +5,15 @@ sharded program is lowered for platforms other than the one it is traced on. A f
 kernel for a platform is one more lowering rule: nothing above this file changes.
 
 The primitive takes x ``(*stack, batch, K)`` and the arrays of a compressed matrix, each
-with the leading axes ``stack``, and gives ``(*stack, batch, F)``. It is linear in x and
-in the values (in their scales, where they have some), so its derivatives are products
-of the same kind.
+with the leading axes ``stack``, and gives ``(*stack, batch, F)``. But for a bias and an
+activation at its end, it is linear in x and in the values (in their scales, where they
+have some), so its derivatives are products of the same kind.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +23,56 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
-from nmjax.formats import Compressed
-from nmjax.kernels import choosing, native, reference
+from nmjax.formats import Compressed, PreparedArray
+from nmjax.kernels import choosing, reference
+from nmjax.kernels.epilogues import Epilogue, result_dtype
 
 matmul_p = Primitive("nmjax_matmul")
-"""Operands x and the leaves of w; parameters: the tree structure of w, which holds its
-format, dense shape and layout, and the form asked for."""
+"""Operands x, the leaves of w and, if there is one, a bias; parameters `Settings`."""
 
 
-def compressed_matmul(x: Array, w: Compressed, form: str | None = None) -> Array:
+class Settings(NamedTuple):
+    """Static parameters of the primitive.
+
+    Attributes:
+      treedef: structure of w, which holds its format, dense shape and layout.
+      form: the form asked for.
+      epilogue: what happens to the sums.
+    """
+
+    treedef: Any
+    form: str | None
+    epilogue: Epilogue
+
+    def split(self, operands: Any) -> tuple[Any, Any, Any]:
+        """Give x, the leaves of w, and the bias or None."""
+        x, *leaves = operands
+        count = self.treedef.num_leaves
+        return x, leaves[:count], leaves[count] if len(leaves) > count else None
+
+    @property
+    def linear(self) -> "Settings":
+        """The same without an activation."""
+        return self._replace(epilogue=self.epilogue._replace(activation=None))
+
+
+def compressed_matmul(
+    x: Array,
+    w: Compressed,
+    *,
+    bias: Array | None = None,
+    form: str | None = None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
+) -> Array:
     """Multiply a matrix with a compressed one.
 
     Args:
       x: inputs ``(batch, K)``.
       w: compressed, of dense shape ``(K, F)`` and x's dtype.
+      bias: None, or ``(F,)`` of the result's dtype.
       form: None chooses; ``"xla"`` chooses among the forms in XLA operations;
-        ``"native"`` takes the native CPU kernel.
+        ``"native"`` takes the native CPU kernel, ``"pallas"`` the GPU kernel.
+      epilogue: activation and dtype of the result.
 
     Returns:
       The product ``(batch, F)``.
@@ -51,7 +86,9 @@ def compressed_matmul(x: Array, w: Compressed, form: str | None = None) -> Array
       [[5.0, 6.0]]
     """
     leaves, treedef = jax.tree.flatten(w)
-    return matmul_p.bind(*_varying_alike(x, *leaves), treedef=treedef, form=form)
+    operands = (x, *leaves) if bias is None else (x, *leaves, bias)
+    settings = Settings(treedef, form, epilogue)
+    return matmul_p.bind(*_varying_alike(*operands), settings=settings)
 
 
 def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
@@ -66,176 +103,271 @@ def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
     )
 
 
-def _depth(treedef: Any, leaves: Any) -> int:
+def _depth(settings: Settings, leaves: Any) -> int:
     """Count the leading axes of a stack of matrices."""
-    return treedef.unflatten(leaves).ndim - 2
+    return settings.treedef.unflatten(leaves).ndim - 2
 
 
 # Evaluation --------------------------------------------------------------------------
 
 
-@jax.jit(static_argnames=("treedef", "form"))
-def _compiled(*operands: Array, treedef: Any, form: str | None) -> Array:
-    return matmul_p.bind(*operands, treedef=treedef, form=form)
+@jax.jit(static_argnames=("settings",))
+def _compiled(*operands: Array, settings: Settings) -> Array:
+    return matmul_p.bind(*operands, settings=settings)
 
 
 matmul_p.def_impl(_compiled)
 
 
 @matmul_p.def_abstract_eval
-def _abstract(x: Any, *leaves: Any, treedef: Any, form: str | None) -> ShapedArray:
-    del form
-    shape = (*x.shape[:-1], treedef.unflatten(leaves).shape[-1])
-    return x.update(shape=shape, weak_type=False)
+def _abstract(*operands: Any, settings: Settings) -> ShapedArray:
+    x, leaves, _ = settings.split(operands)
+    shape = (*x.shape[:-1], settings.treedef.unflatten(leaves).shape[-1])
+    dtype = result_dtype(x, settings.epilogue.dtype)
+    return x.update(shape=shape, dtype=dtype, weak_type=False)
 
 
 # Lowering ----------------------------------------------------------------------------
 
 
-_Form = Callable[[Array, Any], Array]
+_Product = Callable[[Array, Any, Array | None], Array]
+"""Takes x ``(batch, K)``, a compressed ``(K, F)``, a bias; gives ``(batch, F)``."""
 
 
-def lower_as(select: Callable[[Any, str | None], _Form]) -> Callable[..., Any]:
+def lower_as(
+    select: Callable[[Any, Settings], _Product], over: Callable[[Any], Any] = jax.vmap
+) -> Callable[..., Any]:
     """Make a lowering rule of a product of matrices.
 
     Args:
-      select: takes the lowering context and the form asked for, gives a function of x
-        ``(batch, K)`` and a compressed ``(K, F)`` that returns ``(batch, F)``.
+      select: takes the lowering context and the settings, gives the product.
+      over: maps a function over the leading axis of a stack.
 
     Returns:
-      A rule for `jax.interpreters.mlir.register_lowering`; stacks are mapped over.
+      A rule for `jax.interpreters.mlir.register_lowering`.
     """
 
-    def rule(ctx: Any, *operands: Any, treedef: Any, form: str | None) -> Any:
-        product = select(ctx, form)
+    def rule(ctx: Any, *operands: Any, settings: Settings) -> Any:
+        product = select(ctx, settings)
 
-        def function(x: Array, *leaves: Array) -> Array:
-            def mapped(x: Array, leaves: tuple[Array, ...]) -> Array:
-                return product(x, treedef.unflatten(leaves))
+        def function(*operands: Array) -> Array:
+            def mapped(*operands: Array) -> Array:
+                x, leaves, bias = settings.split(operands)
+                return product(x, settings.treedef.unflatten(leaves), bias)
 
-            for _ in range(_depth(treedef, leaves)):
-                mapped = jax.vmap(mapped)
-            return mapped(x, leaves)
+            for _ in range(_depth(settings, settings.split(operands)[1])):
+                mapped = over(mapped)
+            return mapped(*operands)
 
         return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
     return rule
 
 
-def anywhere(ctx: Any, form: str | None) -> _Form:
-    """Select the form for a platform without kernels: decompression.
+def anywhere(ctx: Any, settings: Settings) -> _Product:
+    """Select the product for a platform without kernels: decompression.
 
     Args:
       ctx: context of a lowering rule.
-      form: what was asked for.
+      settings: what was asked for.
 
     Returns:
-      The form.
+      The product.
 
     Raises:
-      NotImplementedError: a native CPU kernel was asked for.
+      NotImplementedError: a kernel of another platform was asked for.
     """
     del ctx
-    if form == "native":
+    _refuse_kernels(settings.form, "native", "CPUs")
+    _refuse_kernels(settings.form, "pallas", "NVIDIA GPUs")
+    return functools.partial(_decompress, settings)
+
+
+def _refuse_kernels(form: str | None, name: str, served: str) -> None:
+    """Raise if kernels are asked for that are those of another platform."""
+    if form == name:
         raise NotImplementedError(
-            "implementation='native' serves CPUs only, and this program is lowered for "
-            "another platform; use None or 'xla'"
+            f"implementation={name!r} serves {served} only, and this program is "
+            "lowered for another platform; use None or 'xla'"
         )
-    return reference.by_decompression
 
 
-def on_cpu(ctx: Any, form: str | None) -> _Form:
-    """Select the form for a CPU: what `choosing.choose` says.
+def _decompress(
+    settings: Settings, x: Array, w: Compressed, bias: Array | None
+) -> Array:
+    """Decompress and multiply, as every platform can."""
+    dtype = result_dtype(x, settings.epilogue.dtype)
+    return settings.epilogue.finish(reference.by_decompression(x, w, dtype), bias)
+
+
+def on_cpu(ctx: Any, settings: Settings) -> _Product:
+    """Select the product for a CPU: what `choosing.choose` says.
 
     XLA cannot partition a native kernel over devices, and an exported program has to
     run where there is none: there the forms in XLA operations serve.
 
     Args:
       ctx: context of a lowering rule.
-      form: what was asked for.
+      settings: what was asked for.
 
     Returns:
-      The form.
+      The product.
 
     Raises:
-      NotImplementedError: a native kernel was asked for and cannot serve.
+      NotImplementedError: a native kernel was asked for and cannot serve, or a Pallas
+        kernel.
     """
-    obstacle = _obstacle(ctx.module_context)
-    if form == "native":
-        if obstacle:
-            raise NotImplementedError(f"implementation='native': {obstacle}")
-        return native.multiply
-    with_native = form is None and not obstacle
+    _refuse_kernels(settings.form, "pallas", "NVIDIA GPUs")
+    obstacle = _obstacle(ctx.module_context, "the native library", "a native kernel")
+    native_only = settings.form == "native"
+    if native_only and obstacle:
+        raise NotImplementedError(f"implementation='native': {obstacle}")
+    with_native = settings.form is None and not obstacle
 
-    def product(x: Array, w: Compressed) -> Array:
-        chosen = choosing.choose(x, w, with_native=with_native)
-        return choosing.FORMS[chosen](x, w)
+    def product(x: Array, w: Compressed, bias: Array | None) -> Array:
+        if isinstance(w, PreparedArray):
+            w = w.canonical
+        if result_dtype(x, settings.epilogue.dtype) != x.dtype:
+            return _decompress(settings, x, w, bias)
+        chosen = (
+            "native" if native_only else choosing.choose(x, w, with_native=with_native)
+        )
+        return settings.epilogue.finish(choosing.FORMS[chosen](x, w), bias)
 
     return product
 
 
-def _obstacle(module: Any) -> str:
+def on_gpu(ctx: Any, settings: Settings) -> _Product:
+    """Select the product for an NVIDIA GPU.
+
+    Prepared 2:4 arrays are multiplied by their Pallas kernel wherever it serves. Those
+    of the other formats have to be asked for: whether they are faster than dense was
+    not measured yet.
+
+    Args:
+      ctx: context of a lowering rule.
+      settings: what was asked for.
+
+    Returns:
+      The product.
+
+    Raises:
+      NotImplementedError: a Pallas kernel was asked for and cannot serve, or a native
+        one.
+    """
+    _refuse_kernels(settings.form, "native", "CPUs")
+    module = ctx.module_context
+    devices = _partitioned(module)
+
+    def product(x: Array, w: Compressed, bias: Array | None) -> Array:
+        asked = settings.form == "pallas"
+        if not asked and not (settings.form is None and isinstance(w, PreparedArray)):
+            return _decompress(settings, x, w, bias)
+        # Only where a kernel may be taken: importing Mosaic GPU takes its time.
+        from nmjax.kernels.gpu import partitioning, products
+
+        reason = products.refusal(x, w, settings.epilogue)
+        multiply = products.multiply
+        if devices > 1 and not reason:
+            exported = module.lowering_parameters.for_export
+            reason = partitioning.refusal(w, exported)
+            multiply = partitioning.multiply
+        if not reason:
+            return multiply(x, w, bias, settings.epilogue)
+        if asked:
+            raise NotImplementedError(f"implementation='pallas': {reason}")
+        return _decompress(settings, x, w, bias)
+
+    return product
+
+
+def _on_cuda(ctx: Any, *operands: Any, settings: Settings) -> Any:
+    # A kernel looks at the platforms of the module, of which this is one.
+    module = ctx.module_context.replace(platforms=("cuda",))
+    rule = lower_as(on_gpu, over=_one_by_one)
+    return rule(ctx.replace(module_context=module), *operands, settings=settings)
+
+
+def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Map a function over the leading axis of its arguments, one after the other."""
+
+    def mapped(*arguments: Array) -> Array:
+        return lax.map(lambda parts: function(*parts), arguments)
+
+    return mapped
+
+
+def _obstacle(module: Any, library: str, kernel: str) -> str:
     """Say why a native kernel cannot be part of a module; empty where it can."""
     if module.lowering_parameters.for_export:
-        return "an exported program has to run without the native library"
-    context = module.axis_context
-    manual = getattr(context, "manual_axes", None)
-    if manual is not None:  # under shard_map
-        automatic = set(context.mesh.axis_names) - set(manual)
-        devices = math.prod(context.mesh.shape[name] for name in automatic)
-    else:
-        devices = getattr(context, "num_devices", None) or 1
-    if devices > 1:
+        return f"an exported program has to run without {library}"
+    if (devices := _partitioned(module)) > 1:
         return (
-            f"XLA cannot partition a native kernel over {devices} devices; call it "
-            "under jax.shard_map over all axes of the mesh"
+            f"XLA cannot partition {kernel} over {devices} devices; call it under "
+            "jax.shard_map over all axes of the mesh"
         )
     return ""
 
 
+def _partitioned(module: Any) -> int:
+    """Give the number of devices over which XLA partitions a module."""
+    context = module.axis_context
+    manual = getattr(context, "manual_axes", None)
+    if manual is not None:  # under shard_map
+        automatic = set(context.mesh.axis_names) - set(manual)
+        return math.prod(context.mesh.shape[name] for name in automatic)
+    return getattr(context, "num_devices", None) or 1
+
+
 mlir.register_lowering(matmul_p, lower_as(anywhere))
 mlir.register_lowering(matmul_p, lower_as(on_cpu), platform="cpu")
+mlir.register_lowering(matmul_p, _on_cuda, platform="cuda")
 
 
 # Derivatives -------------------------------------------------------------------------
 
 
-def _linear(treedef: Any, leaves: Any) -> int:
+def _linear(settings: Settings, leaves: Any) -> int:
     """Give the leaf that the product is linear in: scales if there are, else values."""
-    return 0 if treedef.unflatten(leaves).scales is None else 1
+    return 0 if settings.treedef.unflatten(leaves).scales is None else 1
 
 
-def _jvp(
-    primals: Any, tangents: Any, *, treedef: Any, form: str | None
-) -> tuple[Any, Any]:
+def _jvp(primals: Any, tangents: Any, *, settings: Settings) -> tuple[Any, Any]:
     """Differentiate: linear in x, and in the values or their scales."""
-    x, *leaves = primals
-    dx, *dleaves = tangents
-    out = matmul_p.bind(x, *leaves, treedef=treedef, form=form)
+    x, leaves, bias = settings.split(primals)
+    dx, dleaves, dbias = settings.split(tangents)
+    bind = functools.partial(matmul_p.bind, settings=settings.linear)
+    sums = bind(x, *leaves)
     terms = []
     if not isinstance(dx, ad.Zero):
-        terms.append(matmul_p.bind(dx, *leaves, treedef=treedef, form=form))
-    which = _linear(treedef, leaves)
+        terms.append(bind(dx, *leaves))
+    which = _linear(settings, leaves)
     if not isinstance(dleaves[which], ad.Zero):
-        leaves[which] = dleaves[which]
-        terms.append(matmul_p.bind(x, *leaves, treedef=treedef, form=form))
-    if not terms:
-        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
-    return out, sum(terms[1:], terms[0])
+        terms.append(bind(x, *leaves[:which], dleaves[which], *leaves[which + 1 :]))
+    dsums = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(sums)
+    if bias is None and settings.epilogue.activation is None:
+        return sums, dsums if terms else ad.Zero(jax.typeof(sums).to_tangent_aval())
+    finish = functools.partial(_finish, settings.epilogue)
+    if bias is None:
+        return jax.jvp(lambda sums: finish(sums, None), (sums,), (dsums,))
+    return jax.jvp(finish, (sums, bias), (dsums, ad.instantiate_zeros(dbias)))
 
 
-def _transpose(
-    cotangent: Any, x: Any, *leaves: Any, treedef: Any, form: str | None
-) -> list[Any]:
+def _finish(epilogue: Epilogue, sums: Array, bias: Array | None) -> Array:
+    """Finish stacks of products with stacks of biases."""
+    return epilogue.finish(sums, None if bias is None else bias[..., None, :])
+
+
+def _transpose(cotangent: Any, x: Any, *leaves: Any, settings: Settings) -> list[Any]:
     """Give dx = dy w^T, or what x^T dy holds at the stored positions."""
-    del form
     out: list[Any] = [None] * (1 + len(leaves))
+    unflatten = settings.treedef.unflatten
     if ad.is_undefined_primal(x):
         if isinstance(cotangent, ad.Zero):
             out[0] = ad.Zero(x.aval)
         else:
-            w = treedef.unflatten(leaves).todense()
-            out[0] = reference.multiply(cotangent, w.mT)
+            w = unflatten(leaves).todense()
+            out[0] = reference.multiply(cotangent.astype(w.dtype), w.mT)
         return out
     which = next(i for i, leaf in enumerate(leaves) if ad.is_undefined_primal(leaf))
     aval = leaves[which].aval
@@ -244,12 +376,12 @@ def _transpose(
         return out
     others = [*leaves[:which], *leaves[which + 1 :]]
     zeros = jnp.zeros(aval.shape, aval.dtype)
-    gradient = reference.multiply(x.mT, cotangent)
+    gradient = reference.multiply(x.mT, cotangent.astype(x.dtype))
     zeros, gradient, *known = _varying_alike(zeros, gradient, *others)
 
     def dense(leaf: Array) -> Array:
         full = [*known[:which], leaf, *known[which:]]
-        return treedef.unflatten(full).todense()
+        return unflatten(full).todense()
 
     # Decompression is linear: its transpose, anywhere, gathers the stored positions.
     _, gather = jax.vjp(dense, zeros)
@@ -264,17 +396,15 @@ ad.primitive_transposes[matmul_p] = _transpose
 # Batching ----------------------------------------------------------------------------
 
 
-def _batch(
-    operands: Any, dims: Any, *, treedef: Any, form: str | None
-) -> tuple[Array, int]:
+def _batch(operands: Any, dims: Any, *, settings: Settings) -> tuple[Array, int]:
     """Fold a batch of x alone into its rows; stack everything otherwise."""
-    x, *leaves = operands
-    x_dim, *leaf_dims = dims
-    if all(dim is None for dim in leaf_dims):
+    x, *others = operands
+    x_dim, *other_dims = dims
+    if all(dim is None for dim in other_dims):
         x = jnp.moveaxis(x, x_dim, -3)
         *stack, count, rows, length = x.shape
         folded = x.reshape(*stack, count * rows, length)
-        out = matmul_p.bind(folded, *leaves, treedef=treedef, form=form)
+        out = matmul_p.bind(folded, *others, settings=settings)
         return out.reshape(*stack, count, rows, out.shape[-1]), len(stack)
     size = next(
         operand.shape[dim]
@@ -287,7 +417,7 @@ def _batch(
         else jnp.moveaxis(operand, dim, 0)
         for operand, dim in zip(operands, dims, strict=True)
     ]
-    return matmul_p.bind(*stacked, treedef=treedef, form=form), 0
+    return matmul_p.bind(*stacked, settings=settings), 0
 
 
 batching.primitive_batchers[matmul_p] = _batch

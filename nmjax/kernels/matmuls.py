@@ -6,26 +6,29 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Num
 
-from nmjax.formats import Compressed, FanInArray, NMArray
-from nmjax.kernels import native, reference
+from nmjax.formats import Compressed, FanInArray, NMArray, PreparedArray, prepared
+from nmjax.kernels import epilogues, native, reference
 from nmjax.kernels.dispatch import compressed_matmul
-from nmjax.typing import FloatArray
 
 
 def matmul(
-    x: Float[jax.Array, "... K"],
-    w: Compressed | FloatArray,
+    x: Num[jax.Array, "... K"],
+    w: Compressed | Num[jax.Array, "..."],
     *,
-    bias: Float[jax.Array, "F"] | None = None,
+    bias: Num[jax.Array, "F"] | None = None,
+    activation: str | None = None,
+    preferred_element_type: Any = None,
     implementation: str | None = None,
-) -> Float[jax.Array, "... F"]:
+) -> Num[jax.Array, "... F"]:
     r"""Multiply with a compressed or dense matrix.
 
-    .. math:: y_{\ldots f} = \sum_k x_{\ldots k} w_{kf} + b_f
+    .. math:: y_{\ldots f} = \sigma \Bigl( \sum_k x_{\ldots k} w_{kf} + b_f \Bigr)
 
-    Sums are added up in float32 or wider, the result has x's dtype.
+    Sums are added up in float32 or wider (int32 for int8), the result has x's dtype
+    where no other is asked for. A Pallas kernel adds the bias and applies the
+    activation before it rounds the sums.
 
     Derivatives of any order and mode reach x and the stored values: a compressed layer
     can be fine-tuned, and its zeros stay zero. The gradient is taken with the
@@ -43,18 +46,24 @@ def matmul(
       x: inputs, with any number of leading axes.
       w: a compressed array of dense shape ``(K, F)``, or a dense array of that shape,
         which is multiplied as `jax.numpy.matmul` does. Its dtype must be x's.
-      bias: None, or what is added to the product, of x's dtype.
+      bias: None, or what is added to the product, of the result's dtype.
+      activation: None, ``"relu"``, ``"gelu"`` (in its tanh approximation) or
+        ``"silu"``.
+      preferred_element_type: dtype of the result. Default: that of x, and int32 for
+        int8.
       implementation: ``"xla"`` computes in plain XLA operations, ``"native"`` with the
-        native CPU kernels, ``"pallas"`` with a GPU kernel. Default: the fastest that
-        `backends` names for the platform and that serves these arguments.
+        native CPU kernels, ``"pallas"`` with a GPU kernel; a 2:4 array must have been
+        prepared for it, see `nmjax.prepare`. Default: the fastest that `backends`
+        names for the platform and that serves these arguments.
 
     Returns:
-      The product, of x's dtype.
+      The product.
 
     Raises:
       ValueError: w is not a matrix, x has another length K, or the implementation
         has no such name.
-      TypeError: x, w and bias are not floating arrays of the same dtype.
+      TypeError: x and w are not floating or int8 arrays of the same dtype, or the
+        bias does not have the result's.
       NotImplementedError: the implementation named cannot serve these arguments; with
         the reason.
 
@@ -68,25 +77,26 @@ def matmul(
       >>> nm.matmul(jnp.array([1.0, 10.0, 100.0, 1000.0]), small["kernel"]).tolist()
       [2010.0, 403.0]
     """
-    _check_operands(x, w, bias)
+    dtype = epilogues.result_dtype(x, preferred_element_type)
+    _check_operands(x, w, bias, dtype)
+    _check_activation(activation)
     _check_implementation(implementation, x, w)
+    epilogue = epilogues.Epilogue(activation, None if dtype == x.dtype else dtype)
     if not isinstance(w, Compressed):
-        out = reference.multiply(x, w)
-    elif (out_sharding := _explicit_sharding(x, w)) is None:
-        out = _multiply_rows(x, w, implementation)
-    else:
-        product = functools.partial(_multiply_rows, implementation=implementation)
-        partitioned: Any = jax.sharding.auto_axes(product, out_sharding=out_sharding)
-        out = partitioned(x, w)
-    return out if bias is None else out + bias
+        return epilogue.finish(reference.multiply(x, w, dtype), bias)
+    product = functools.partial(_multiply_rows, form=implementation, epilogue=epilogue)
+    if (out_sharding := _explicit_sharding(x, w)) is None:
+        return product(x, w, bias)
+    partitioned: Any = jax.sharding.auto_axes(product, out_sharding=out_sharding)
+    return partitioned(x, w, bias)
 
 
 def _multiply_rows(
-    x: jax.Array, w: Compressed, implementation: str | None
+    x: jax.Array, w: Compressed, bias: jax.Array | None, **settings: Any
 ) -> jax.Array:
     """Multiply all rows of the leading axes as one matrix."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    out = compressed_matmul(rows, w, implementation)
+    out = compressed_matmul(rows, w, bias=bias, **settings)
     return out.reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -115,7 +125,7 @@ def backends() -> dict[str, Backend]:
       >>> backends["cpu"].implementation in ("native", "xla")
       True
       >>> backends["gpu"].implementation
-      'xla'
+      'pallas'
     """
     library = native.load()
     if library.problem:
@@ -129,7 +139,10 @@ def backends() -> dict[str, Backend]:
     return {
         "cpu": cpu,
         "gpu": Backend(
-            "xla", "there are no Pallas kernels yet; decompresses and multiplies"
+            "pallas",
+            "kernels for 2:4 arrays that nm.prepare laid out for an NVIDIA GPU; others "
+            "are decompressed and multiplied unless their kernels are asked for. Not "
+            "yet measured on hardware",
         ),
         "tpu": Backend("xla", "there is no kernel; decompresses and multiplies"),
     }
@@ -142,10 +155,11 @@ def _check_implementation(implementation: str | None, x: Any, w: Any) -> None:
             "'pallas'"
         )
     if implementation == "pallas":
-        raise NotImplementedError(
-            f"implementation='pallas': there is no Pallas kernel for "
-            f"{type(w).__name__} yet; use None or 'xla'"
-        )
+        reason = _unprepared(w)
+        if reason:
+            raise NotImplementedError(
+                f"implementation='pallas': {reason}; use None or 'xla'"
+            )
     if implementation == "native":
         dense = not isinstance(w, Compressed)
         reason = "w is a dense array" if dense else native.refusal(x, w)
@@ -155,14 +169,42 @@ def _check_implementation(implementation: str | None, x: Any, w: Any) -> None:
             )
 
 
-def _check_operands(x: Any, w: Any, bias: Any) -> None:
-    given = {"x": x, "w": w} | ({} if bias is None else {"bias": bias})
-    for name, array in given.items():
-        if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+def _unprepared(w: Any) -> str:
+    """Say why no Pallas kernel takes an array, on any GPU; empty where one may."""
+    if not isinstance(w, Compressed):
+        return "w is a dense array"
+    if isinstance(w, NMArray):
+        reason = prepared.refusal(w, prepared.TARGETS[0])
+        return reason or (
+            "the array is not laid out for a GPU: prepare it once, as in "
+            "nm.prepare(params, 'sm90')"
+        )
+    return ""
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation is not None and activation not in epilogues.ACTIVATIONS:
+        names = ", ".join(map(repr, epilogues.ACTIVATIONS))
+        raise ValueError(
+            f"activation={activation!r} is not None, {names}; apply others to the "
+            "result"
+        )
+
+
+def _check_operands(x: Any, w: Any, bias: Any, dtype: Any) -> None:
+    for name, array in (("x", x), ("w", w)):
+        floating = jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
+        if not floating and (array.dtype != "int8" or w.dtype != x.dtype):
             raise TypeError(
                 f"{name} of shape {array.shape} has dtype {array.dtype}, but must be a "
-                "floating array"
+                "floating array, or both int8"
             )
+    floating = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+    if floating and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        raise TypeError(
+            f"preferred_element_type={dtype} for a product of {x.dtype}, but must be a "
+            "floating dtype"
+        )
     if len(w.shape) != 2:
         raise ValueError(
             f"w has shape {w.shape}, but must be a matrix (K, F): map over a stack of "
@@ -179,10 +221,9 @@ def _check_operands(x: Any, w: Any, bias: Any) -> None:
             f"x is {x.dtype} and w {w.dtype}, but they must have the same dtype: use "
             f"x.astype({str(w.dtype)!r}), or make w of {x.dtype} weights"
         )
-
-    if bias is not None and (bias.shape != (w.shape[1],) or bias.dtype != x.dtype):
-        raise (ValueError if bias.dtype == x.dtype else TypeError)(
-            f"bias is {bias.dtype} of shape {bias.shape}, but must be {x.dtype} of "
+    if bias is not None and (bias.shape != (w.shape[1],) or bias.dtype != dtype):
+        raise (ValueError if bias.dtype == dtype else TypeError)(
+            f"bias is {bias.dtype} of shape {bias.shape}, but must be {dtype} of "
             f"shape ({w.shape[1]},), like the outputs of w"
         )
 
@@ -210,7 +251,7 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 def _stores_outputs(w: Compressed) -> bool:
     """Tell whether the first axis of the values counts the outputs."""
-    if isinstance(w, NMArray):
+    if isinstance(w, NMArray | PreparedArray):
         return w.axis == -2
     return (
         isinstance(w, FanInArray)

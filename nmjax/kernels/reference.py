@@ -6,26 +6,29 @@ dtype. `by_decompression` is the definition; the others compute the same sums in
 order.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
 from nmjax.masking.ordering import sum_dtype
 
 
 def by_decompression(
-    x: Float[Array, "batch K"], w: Compressed
-) -> Float[Array, "batch F"]:
+    x: Num[Array, "batch K"], w: Compressed, dtype: Any = None
+) -> Num[Array, "batch F"]:
     """Decompress the weights and multiply.
 
     Args:
       x: inputs.
       w: any compressed matrix.
+      dtype: dtype of the product; default that of x.
 
     Returns:
-      The product.
+      The product. Integers are added up in int32.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,8 +41,8 @@ def by_decompression(
     transposed = w.transposed
     if isinstance(w, NMArray) and w.axis == -2 and transposed is not None:
         # As stored, outputs first: XLA would spend longer on turning it than on it all.
-        return _multiply_transposed(x, transposed.todense())
-    return multiply(x, w.todense())
+        return _multiply_transposed(x, transposed.todense(), dtype)
+    return multiply(x, w.todense(), dtype)
 
 
 def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F"]:
@@ -153,14 +156,28 @@ def by_blocks(x: Float[Array, "batch K"], w: BlockArray) -> Float[Array, "batch 
     return total.transpose(1, 0, 2).reshape(batch, width).astype(x.dtype)
 
 
-def _multiply_transposed(x: Array, w: Array) -> Array:
+def _multiply_transposed(x: Array, w: Array, dtype: Any) -> Array:
     """Multiply (batch, K) with the transpose of (F, K)."""
     sums = lax.dot_general(
-        x, w, (((1,), (1,)), ((), ())), preferred_element_type=sum_dtype(x.dtype)
+        x, w, (((1,), (1,)), ((), ())), preferred_element_type=_sum_dtype(x.dtype)
     )
-    return sums.astype(x.dtype)
+    return sums.astype(x.dtype if dtype is None else dtype)
 
 
-def multiply(x: Array, w: Array) -> Array:
-    """Multiply dense matrices or stacks; add up in float32 or wider, keep x's dtype."""
-    return jnp.matmul(x, w, preferred_element_type=sum_dtype(x.dtype)).astype(x.dtype)
+def multiply(x: Array, w: Array, dtype: Any = None) -> Array:
+    """Multiply dense matrices or stacks; add up in float32 or wider, or in int32.
+
+    Args:
+      x: inputs ``(..., batch, K)``.
+      w: weights ``(..., K, F)`` of the same dtype.
+      dtype: dtype of the product; default that of x.
+
+    Returns:
+      The product ``(..., batch, F)``.
+    """
+    sums = jnp.matmul(x, w, preferred_element_type=_sum_dtype(x.dtype))
+    return sums.astype(x.dtype if dtype is None else dtype)
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    return jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else sum_dtype(dtype)
