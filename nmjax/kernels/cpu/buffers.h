@@ -2,8 +2,12 @@
 #ifndef NMJAX_KERNELS_CPU_BUFFERS_H_
 #define NMJAX_KERNELS_CPU_BUFFERS_H_
 
+#include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <string>
+
+#include "xla/ffi/api/ffi.h"
 
 #include "common.h"
 #include "instructions.h"

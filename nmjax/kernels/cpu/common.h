@@ -1,15 +1,8 @@
-// What the CPU kernels share: number types, the tasks they are given, and threads.
+// What the CPU kernels share: number types and the tasks they are given.
 #ifndef NMJAX_KERNELS_CPU_COMMON_H_
 #define NMJAX_KERNELS_CPU_COMMON_H_
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
-
-#include "xla/ffi/api/ffi.h"
 
 namespace nmjax {
 
@@ -76,38 +69,6 @@ static inline uint64_t Index(const void* indices, Number type, int64_t i) {
     case Number::kUint8: return static_cast<const uint8_t*>(indices)[i];
     case Number::kUint16: return static_cast<const uint16_t*>(indices)[i];
     default: return static_cast<const uint32_t*>(indices)[i];
-  }
-}
-
-// Do `work(0)`, ..., `work(chunks - 1)` on the threads of a pool and on this one.
-//
-// Whoever is free takes the next chunk, and this thread takes those that nobody else
-// does. It waits only for chunks that are being worked on: it cannot wait for ever, even
-// if every thread of the pool is here. `work` is copied; a helper that starts late finds
-// no chunk left and does not touch what `work` points to.
-template <class Work>
-void ParallelFor(xla::ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), chunks) - 1;
-  if (helpers <= 0) {
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) work(chunk);
-    return;
-  }
-  struct Shared {
-    explicit Shared(const Work& work) : work(work) {}
-    Work work;
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto shared = std::make_shared<Shared>(work);
-  auto drain = [shared, chunks] {
-    for (int64_t chunk; (chunk = shared->next.fetch_add(1)) < chunks;) {
-      shared->work(chunk);
-      shared->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([drain] { drain(); });
-  drain();
-  for (int spins = 0; shared->done.load(std::memory_order_acquire) < chunks; ++spins) {
-    if (spins > 10000) std::this_thread::yield();
   }
 }
 

@@ -3,12 +3,14 @@
 // One file, compiled once: every kernel is in it for each instruction set, and the best
 // that the processor has is chosen when the library is loaded.
 
+#include <cstring>
 #include <string_view>
 
 #include "buffers.h"
 #include "common.h"
 #include "expand.h"
 #include "instructions.h"
+#include "threads.h"
 
 namespace nmjax {
 
