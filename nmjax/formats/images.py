@@ -208,3 +208,58 @@ def decode_blackwell(
         order = (0, 2, 1, 3)
     ordered = split.transpose(*range(depth), *(depth + axis for axis in order))
     return ordered.reshape(*stack, tiles * BLOCK, steps * BLOCK // 8)
+
+
+def broadcast(
+    image: Int32[Array, "*stack tiles steps 128"],
+) -> Int32[Array, "*stack tiles instructions 128"]:
+    """Give every instruction on 16-bit values words of its own.
+
+    In the image that `encode` makes, two instructions share a word and select the
+    threads that it is read from. Here threads 0 and 1 of a quad have the positions of
+    every instruction, and threads 2 and 3 the same again, so that the selector is
+    always 0. It is twice as large.
+
+    Args:
+      image: what `encode` gave for values of 2 bytes, ``(F / 64, K / 64, 128)``.
+
+    Returns:
+      The image, ``(F / 64, K / 32, 128)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.formats import images
+      >>> image = jnp.arange(128, dtype=jnp.int32)[None, None]
+      >>> images.broadcast(image)[0, :, :8].tolist()
+      [[0, 1, 0, 1, 4, 5, 4, 5], [2, 3, 2, 3, 6, 7, 6, 7]]
+    """
+    *stack, tiles, steps, _ = image.shape
+    split = image.reshape(*stack, tiles, steps, THREADS // 4, 2, 1, 2)
+    # Axes: quad, instruction, copy, thread.
+    split = jnp.moveaxis(split, -3, -4)
+    copies = jnp.broadcast_to(split, (*split.shape[:-2], 2, 2))
+    return copies.reshape(*stack, tiles, 2 * steps, THREADS)
+
+
+def pair(
+    image: Int32[Array, "*stack tiles instructions 128"],
+) -> Int32[Array, "*stack tiles steps 128"]:
+    """Undo `broadcast`.
+
+    Args:
+      image: what `broadcast` gave, ``(F / 64, K / 32, 128)``.
+
+    Returns:
+      The image that `encode` makes, ``(F / 64, K / 64, 128)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.formats import images
+      >>> image = jnp.arange(128, dtype=jnp.int32)[None, None]
+      >>> bool((images.pair(images.broadcast(image)) == image).all())
+      True
+    """
+    *stack, tiles, instructions, _ = image.shape
+    split = image.reshape(*stack, tiles, instructions // 2, 2, THREADS // 4, 4)
+    split = jnp.moveaxis(split[..., :2], -2, -3)
+    return split.reshape(*stack, tiles, instructions // 2, THREADS)

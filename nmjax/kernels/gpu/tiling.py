@@ -1,0 +1,366 @@
+"""The choice of tiles for the kernels of Hopper.
+
+A table, `tiles.json`, has what was fastest where it was measured. Elsewhere a default
+is taken, which follows from the sizes alone: it fits into shared memory, divides the
+arrays and gives work to as many multiprocessors as it can.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+import jax.numpy as jnp
+
+KINDS = ("hopper", "hopper_decode", "hopper_weight_only")
+"""Kernels that take `Tiles`, by their modules."""
+
+PROCESSORS = 132
+"""Streaming multiprocessors of an H100 SXM and an H200."""
+
+SHARED_BYTES = 232448
+"""Shared memory of a block on Hopper."""
+
+GROUPS = 2
+"""Warpgroups of a block that compute."""
+
+FEW_ROWS = 64
+"""Up to as many rows, a product takes as long as reading the weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of a kernel on Hopper.
+
+    Attributes:
+      features: outputs of a warpgroup, 64 or 128; a block has two of them.
+      rows: rows of x, a multiple of 8 up to 256, or up to 128 where `features` is 128.
+      inputs: inputs of a step.
+      stages: steps that are in shared memory at once.
+      splits: parts that the inputs are cut into, to give work to more blocks.
+      panel: tiles along the rows that are computed one after the other before the next
+        outputs, so that weights and x are found in the L2 cache again.
+      cluster: blocks, 1, 2 or 4, that share the rows of x that one of them loads.
+      overlap: whether the instructions of a step start before those of the last one
+        have ended.
+    """
+
+    features: int = 64
+    rows: int = 256
+    inputs: int = 64
+    stages: int = 4
+    splits: int = 1
+    panel: int = 8
+    cluster: int = 1
+    overlap: bool = False
+
+
+def piece(rows: int, out_dtype: Any) -> int:
+    """Give the rows of a tile that are stored at once, up to 128 bytes of a column.
+
+    Args:
+      rows: rows of the tile.
+      out_dtype: dtype of what is stored.
+
+    Returns:
+      The largest multiple of 8 that divides them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import tiling
+      >>> tiling.piece(160, jnp.bfloat16)
+      40
+    """
+    most = 128 // jnp.dtype(out_dtype).itemsize
+    return max(size for size in range(8, most + 1, 8) if rows % size == 0)
+
+
+def shared_bytes(
+    tiles: Tiles, values_dtype: Any, x_dtype: Any, out_dtype: Any, word_inputs: int = 64
+) -> int:
+    """Count the shared memory that a block takes.
+
+    Args:
+      tiles: the sizes.
+      values_dtype: dtype of the values.
+      x_dtype: dtype of the inputs.
+      out_dtype: dtype of what is stored.
+      word_inputs: inputs that a word of the image describes, 64 or 32.
+
+    Returns:
+      Bytes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import tiling
+      >>> tiling.shared_bytes(tiling.Tiles(), *[jnp.bfloat16] * 3)
+      200768
+    """
+    weight, number, result = (
+        jnp.dtype(dtype).itemsize for dtype in (values_dtype, x_dtype, out_dtype)
+    )
+    block = GROUPS * tiles.features
+    values = block * tiles.inputs // 2 * weight
+    image = tiles.inputs // word_inputs * 8 * block
+    x = tiles.rows * tiles.inputs * number
+    rows = piece(tiles.rows, out_dtype)
+    out = min(2, tiles.rows // rows) * rows * block * result
+    barriers = 2 * 8
+    return tiles.stages * (values + image + x + barriers) + out
+
+
+def refusal(
+    tiles: Tiles,
+    values_dtype: Any,
+    x_dtype: Any,
+    out_dtype: Any,
+    features: int,
+    inputs: int,
+    word_inputs: int = 64,
+) -> str:
+    """Say why a kernel cannot take tiles; empty where it can.
+
+    Args:
+      tiles: the sizes.
+      values_dtype: dtype of the values.
+      x_dtype: dtype of the inputs.
+      out_dtype: dtype of what is stored.
+      features: outputs of the product.
+      inputs: its inputs.
+      word_inputs: inputs that a word of the image describes, 64 or 32.
+
+    Returns:
+      The reason, or an empty string.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import tiling
+      >>> wide = tiling.Tiles(features=128, rows=128)
+      >>> tiling.refusal(wide, *[jnp.bfloat16] * 3, 384, 256)
+      'features=128 in 2 warpgroups of 1 blocks do not divide 384 outputs'
+    """
+    if tiles.features not in (64, 128):
+        return f"features={tiles.features} must be 64 or 128"
+    most = 256 * 64 // tiles.features  # sums that fit into registers
+    # Instructions on int8 take 8, 16, 24, 32, 48, 64 rows, and so on.
+    step = 16 if jnp.dtype(x_dtype).itemsize == 1 and tiles.rows > 32 else 8
+    if not 8 <= tiles.rows <= most or tiles.rows % step:
+        return f"rows={tiles.rows} must be a multiple of {step} up to {most}"
+    if tiles.cluster not in (1, 2, 4) or tiles.rows % (8 * tiles.cluster):
+        return f"cluster={tiles.cluster} must be 1, 2 or 4 and divide rows / 8"
+    if features % (GROUPS * tiles.features * tiles.cluster):
+        return (
+            f"features={tiles.features} in {GROUPS} warpgroups of {tiles.cluster} "
+            f"blocks do not divide {features} outputs"
+        )
+    if tiles.inputs not in (64, 128, 256, 512) or inputs % tiles.inputs:
+        return f"inputs={tiles.inputs} must be 64, 128, 256 or 512 and divide {inputs}"
+    if not 1 <= tiles.splits <= inputs // tiles.inputs:
+        return f"splits={tiles.splits} must be 1 to {inputs // tiles.inputs}"
+    if tiles.stages < 1 + tiles.overlap:
+        return f"stages={tiles.stages} must be at least {1 + tiles.overlap}"
+    if tiles.overlap and jnp.dtype(values_dtype) != jnp.dtype(x_dtype):
+        return "overlap=True takes values of the dtype of the inputs"
+    taken = shared_bytes(tiles, values_dtype, x_dtype, out_dtype, word_inputs)
+    if taken > SHARED_BYTES:
+        return f"they take {taken} bytes of the {SHARED_BYTES} of shared memory"
+    return ""
+
+
+def bucket(rows: int) -> int:
+    """Give the batch that a number of rows counts as in the table.
+
+    Args:
+      rows: rows of x.
+
+    Returns:
+      The next power of two, from 8 to 16384.
+
+    Example:
+      >>> from nmjax.kernels.gpu import tiling
+      >>> tiling.bucket(1), tiling.bucket(70)
+      (8, 128)
+    """
+    return min(16384, max(8, 1 << (rows - 1).bit_length()))
+
+
+@functools.cache
+def table() -> dict[tuple[str, str, int, int, int], Tiles]:
+    """Read the tiles that were measured.
+
+    Returns:
+      Tiles by kernel, dtype of the values, outputs, inputs and `bucket` of the rows.
+
+    Example:
+      >>> from nmjax.kernels.gpu import tiling
+      >>> all(key[0] in tiling.KINDS for key in tiling.table())
+      True
+    """
+    text = (
+        importlib.resources.files("nmjax.kernels.gpu")
+        .joinpath("tiles.json")
+        .read_text()
+    )
+    return {
+        (e["kernel"], e["dtype"], e["features"], e["inputs"], e["rows"]): Tiles(
+            **e["tiles"]
+        )
+        for e in json.loads(text)["entries"]
+    }
+
+
+def choose(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Tiles:
+    """Choose tiles for a product.
+
+    Args:
+      kind: the kernel, of `KINDS`.
+      dtype: dtype of the values.
+      features: outputs, a multiple of 128.
+      inputs: inputs, a multiple of 128.
+      rows: rows of x.
+
+    Returns:
+      The tiles that were fastest, or a default where none were measured.
+
+    Raises:
+      ValueError: there is no such kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import tiling
+      >>> tiling.choose("hopper", jnp.bfloat16, 4096, 4096, 512).rows
+      128
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
+    key = kind, jnp.dtype(dtype).name, features, inputs, bucket(rows)
+    return table().get(key) or default(kind, dtype, features, inputs, rows)
+
+
+def default(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Tiles:
+    """Give tiles that follow from the sizes alone.
+
+    Few rows: all of them in one tile, and the inputs split until blocks fill three
+    quarters of the places on the multiprocessors. Many rows: tiles that end first, if a
+    tile with `r` rows takes a time in proportion to r + 32, as its reads of shared
+    memory do.
+
+    Args:
+      kind: the kernel.
+      dtype: dtype of the values.
+      features: outputs.
+      inputs: inputs.
+      rows: rows of x.
+
+    Returns:
+      The tiles.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import tiling
+      >>> tiling.default("hopper_decode", jnp.bfloat16, 4096, 4096, 1)
+      Tiles(features=64, rows=8, inputs=256, stages=5, splits=4, panel=8, ...)
+    """
+    size = _operands(kind, dtype)[1].itemsize
+    blocks = features // (GROUPS * 64)
+    if rows <= FEW_ROWS:
+        height = _multiple(rows, 8 if rows <= 32 or size == 2 else 16)
+    else:
+        heights = [
+            r for r in range(64, 257, 8 * 2 // size) if piece(r, "bfloat16") > 16
+        ]
+        height = min(
+            heights,
+            key=lambda r: (_rounds(blocks * -(-rows // r)) * (r + 32), -r),
+        )
+    tiles = Tiles(rows=height)
+    if kind == "hopper" or rows > FEW_ROWS:
+        return _deepen(dataclasses.replace(tiles, inputs=128 // size), kind, dtype)
+    steps = [s // size for s in (512, 256) if inputs % (s // size) == 0] or [64]
+    found = [_deepen(dataclasses.replace(tiles, inputs=s), kind, dtype) for s in steps]
+    tiles = next((t for t in found if t.stages >= 4), found[-1])
+    places = [
+        (s, blocks * s / (_rounds(blocks * s) * PROCESSORS))
+        for s in range(1, max(1, inputs // tiles.inputs // 2) + 1)
+    ]
+    full = [s for s, used in places if used >= 0.75]
+    splits = full[0] if full else max(places, key=lambda place: place[1])[0]
+    return dataclasses.replace(tiles, splits=splits)
+
+
+def candidates(
+    kind: str, dtype: Any, features: int, inputs: int, rows: int
+) -> list[Tiles]:
+    """List tiles that are worth a measurement, the default first.
+
+    Args:
+      kind: the kernel, of `KINDS`.
+      dtype: dtype of the values.
+      features: outputs.
+      inputs: inputs.
+      rows: rows of x.
+
+    Returns:
+      Tiles that the kernel can take.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import tiling
+      >>> found = tiling.candidates("hopper", jnp.bfloat16, 4096, 4096, 4096)
+      >>> found[0] == tiling.default("hopper", jnp.bfloat16, 4096, 4096, 4096)
+      True
+    """
+    first = default(kind, dtype, features, inputs, rows)
+    found = [first]
+
+    def add(**changes: Any) -> None:
+        tiles = _deepen(dataclasses.replace(first, **changes), kind, dtype)
+        sums = "int32" if tiles.splits == 1 and dtype == jnp.int8 else "float32"
+        types = (*_operands(kind, dtype), sums)
+        if tiles not in found and not refusal(tiles, *types, features, inputs):
+            found.append(tiles)
+
+    if kind == "hopper" or rows > FEW_ROWS:
+        for cluster in (1, 2):
+            add(cluster=cluster, rows=256)
+            add(cluster=cluster, overlap=True)
+            add(cluster=cluster, inputs=2 * first.inputs)
+            add(cluster=cluster, features=128, rows=min(first.rows, 128))
+            add(cluster=cluster, panel=16)
+        add(rows=192)
+        add(rows=128)
+        add(cluster=4)
+    else:
+        for splits in sorted({1, 2, 4, 8, first.splits // 2, 2 * first.splits}):
+            add(splits=splits)
+        for step in (first.inputs // 2, 2 * first.inputs):
+            add(inputs=step)
+        add(features=128, splits=2 * first.splits)
+        add(overlap=True)
+    return found
+
+
+def _operands(kind: str, dtype: Any) -> tuple[Any, Any]:
+    """Give the dtypes of values and inputs."""
+    values = jnp.dtype(dtype)
+    return values, jnp.dtype("bfloat16") if kind == "hopper_weight_only" else values
+
+
+def _deepen(tiles: Tiles, kind: str, dtype: Any) -> Tiles:
+    """Take as many stages as fit, at least one and up to six."""
+    for stages in range(6, 1, -1):
+        deep = dataclasses.replace(tiles, stages=stages)
+        if shared_bytes(deep, *_operands(kind, dtype), "float32") <= SHARED_BYTES:
+            return deep
+    return dataclasses.replace(tiles, stages=1)
+
+
+def _rounds(count: int) -> int:
+    """Give how often every multiprocessor takes a tile."""
+    return -(-count // PROCESSORS)
+
+
+def _multiple(count: int, step: int) -> int:
+    """Round up to a multiple."""
+    return -(-count // step) * step
