@@ -11,49 +11,30 @@ have some), so its derivatives are products of the same kind.
 """
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from nmjax.formats import Compressed, PreparedArray
-from nmjax.kernels import choosing, reference
-from nmjax.kernels.epilogues import Epilogue, result_dtype
+from nmjax.kernels import lowering, reference
+from nmjax.kernels.settings import Epilogue, Settings, result_dtype
 
 matmul_p = Primitive("nmjax_matmul")
 """Operands x, the leaves of w and, if there is one, a bias; parameters `Settings`."""
 
+prepared_matmul_p = Primitive("nmjax_prepared_matmul")
+"""The same for a `PreparedArray`, whose kernels XLA can partition over GPUs."""
 
-class Settings(NamedTuple):
-    """Static parameters of the primitive.
-
-    Attributes:
-      treedef: structure of w, which holds its format, dense shape and layout.
-      form: the form asked for.
-      epilogue: what happens to the sums.
-    """
-
-    treedef: Any
-    form: str | None
-    epilogue: Epilogue
-
-    def split(self, operands: Any) -> tuple[Any, Any, Any]:
-        """Give x, the leaves of w, and the bias or None."""
-        x, *leaves = operands
-        count = self.treedef.num_leaves
-        return x, leaves[:count], leaves[count] if len(leaves) > count else None
-
-    @property
-    def linear(self) -> "Settings":
-        """The same without an activation."""
-        return self._replace(epilogue=self.epilogue._replace(activation=None))
+# To tell XLA how, JAX has to know the devices, and there is no public way to ask for
+# them. Other products shall not: they would not lower for an AbstractMesh.
+prim_requires_devices_during_lowering.add(prepared_matmul_p)
 
 
 def compressed_matmul(
@@ -88,7 +69,15 @@ def compressed_matmul(
     leaves, treedef = jax.tree.flatten(w)
     operands = (x, *leaves) if bias is None else (x, *leaves, bias)
     settings = Settings(treedef, form, epilogue)
-    return matmul_p.bind(*_varying_alike(*operands), settings=settings)
+    return _bind(settings, *_varying_alike(*operands))
+
+
+def _bind(settings: Settings, *operands: Array) -> Array:
+    """Apply the primitive of the format."""
+    kind, _ = settings.treedef.node_data()
+    prepared = issubclass(kind, PreparedArray)
+    primitive = prepared_matmul_p if prepared else matmul_p
+    return primitive.bind(*operands, settings=settings)
 
 
 def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
@@ -103,225 +92,19 @@ def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
     )
 
 
-def _depth(settings: Settings, leaves: Any) -> int:
-    """Count the leading axes of a stack of matrices."""
-    return settings.treedef.unflatten(leaves).ndim - 2
-
-
 # Evaluation --------------------------------------------------------------------------
 
 
 @jax.jit(static_argnames=("settings",))
 def _compiled(*operands: Array, settings: Settings) -> Array:
-    return matmul_p.bind(*operands, settings=settings)
+    return _bind(settings, *operands)
 
 
-matmul_p.def_impl(_compiled)
-
-
-@matmul_p.def_abstract_eval
 def _abstract(*operands: Any, settings: Settings) -> ShapedArray:
     x, leaves, _ = settings.split(operands)
     shape = (*x.shape[:-1], settings.treedef.unflatten(leaves).shape[-1])
     dtype = result_dtype(x, settings.epilogue.dtype)
     return x.update(shape=shape, dtype=dtype, weak_type=False)
-
-
-# Lowering ----------------------------------------------------------------------------
-
-
-_Product = Callable[[Array, Any, Array | None], Array]
-"""Takes x ``(batch, K)``, a compressed ``(K, F)``, a bias; gives ``(batch, F)``."""
-
-
-def lower_as(
-    select: Callable[[Any, Settings], _Product], over: Callable[[Any], Any] = jax.vmap
-) -> Callable[..., Any]:
-    """Make a lowering rule of a product of matrices.
-
-    Args:
-      select: takes the lowering context and the settings, gives the product.
-      over: maps a function over the leading axis of a stack.
-
-    Returns:
-      A rule for `jax.interpreters.mlir.register_lowering`.
-    """
-
-    def rule(ctx: Any, *operands: Any, settings: Settings) -> Any:
-        product = select(ctx, settings)
-
-        def function(*operands: Array) -> Array:
-            def mapped(*operands: Array) -> Array:
-                x, leaves, bias = settings.split(operands)
-                return product(x, settings.treedef.unflatten(leaves), bias)
-
-            for _ in range(_depth(settings, settings.split(operands)[1])):
-                mapped = over(mapped)
-            return mapped(*operands)
-
-        return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
-
-    return rule
-
-
-def anywhere(ctx: Any, settings: Settings) -> _Product:
-    """Select the product for a platform without kernels: decompression.
-
-    Args:
-      ctx: context of a lowering rule.
-      settings: what was asked for.
-
-    Returns:
-      The product.
-
-    Raises:
-      NotImplementedError: a kernel of another platform was asked for.
-    """
-    del ctx
-    _refuse_kernels(settings.form, "native", "CPUs")
-    _refuse_kernels(settings.form, "pallas", "NVIDIA GPUs")
-    return functools.partial(_decompress, settings)
-
-
-def _refuse_kernels(form: str | None, name: str, served: str) -> None:
-    """Raise if kernels are asked for that are those of another platform."""
-    if form == name:
-        raise NotImplementedError(
-            f"implementation={name!r} serves {served} only, and this program is "
-            "lowered for another platform; use None or 'xla'"
-        )
-
-
-def _decompress(
-    settings: Settings, x: Array, w: Compressed, bias: Array | None
-) -> Array:
-    """Decompress and multiply, as every platform can."""
-    dtype = result_dtype(x, settings.epilogue.dtype)
-    return settings.epilogue.finish(reference.by_decompression(x, w, dtype), bias)
-
-
-def on_cpu(ctx: Any, settings: Settings) -> _Product:
-    """Select the product for a CPU: what `choosing.choose` says.
-
-    XLA cannot partition a native kernel over devices, and an exported program has to
-    run where there is none: there the forms in XLA operations serve.
-
-    Args:
-      ctx: context of a lowering rule.
-      settings: what was asked for.
-
-    Returns:
-      The product.
-
-    Raises:
-      NotImplementedError: a native kernel was asked for and cannot serve, or a Pallas
-        kernel.
-    """
-    _refuse_kernels(settings.form, "pallas", "NVIDIA GPUs")
-    obstacle = _obstacle(ctx.module_context, "the native library", "a native kernel")
-    native_only = settings.form == "native"
-    if native_only and obstacle:
-        raise NotImplementedError(f"implementation='native': {obstacle}")
-    with_native = settings.form is None and not obstacle
-
-    def product(x: Array, w: Compressed, bias: Array | None) -> Array:
-        if isinstance(w, PreparedArray):
-            w = w.canonical
-        if result_dtype(x, settings.epilogue.dtype) != x.dtype:
-            return _decompress(settings, x, w, bias)
-        chosen = (
-            "native" if native_only else choosing.choose(x, w, with_native=with_native)
-        )
-        return settings.epilogue.finish(choosing.FORMS[chosen](x, w), bias)
-
-    return product
-
-
-def on_gpu(ctx: Any, settings: Settings) -> _Product:
-    """Select the product for an NVIDIA GPU.
-
-    Prepared 2:4 arrays are multiplied by their Pallas kernel wherever it serves. Those
-    of the other formats have to be asked for: whether they are faster than dense was
-    not measured yet.
-
-    Args:
-      ctx: context of a lowering rule.
-      settings: what was asked for.
-
-    Returns:
-      The product.
-
-    Raises:
-      NotImplementedError: a Pallas kernel was asked for and cannot serve, or a native
-        one.
-    """
-    _refuse_kernels(settings.form, "native", "CPUs")
-    module = ctx.module_context
-    devices = _partitioned(module)
-
-    def product(x: Array, w: Compressed, bias: Array | None) -> Array:
-        asked = settings.form == "pallas"
-        if not asked and not (settings.form is None and isinstance(w, PreparedArray)):
-            return _decompress(settings, x, w, bias)
-        # Only where a kernel may be taken: importing Mosaic GPU takes its time.
-        from nmjax.kernels.gpu import partitioning, products
-
-        reason = products.refusal(x, w, settings.epilogue)
-        multiply = products.multiply
-        if devices > 1 and not reason:
-            exported = module.lowering_parameters.for_export
-            reason = partitioning.refusal(w, exported)
-            multiply = partitioning.multiply
-        if not reason:
-            return multiply(x, w, bias, settings.epilogue)
-        if asked:
-            raise NotImplementedError(f"implementation='pallas': {reason}")
-        return _decompress(settings, x, w, bias)
-
-    return product
-
-
-def _on_cuda(ctx: Any, *operands: Any, settings: Settings) -> Any:
-    # A kernel looks at the platforms of the module, of which this is one.
-    module = ctx.module_context.replace(platforms=("cuda",))
-    rule = lower_as(on_gpu, over=_one_by_one)
-    return rule(ctx.replace(module_context=module), *operands, settings=settings)
-
-
-def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Map a function over the leading axis of its arguments, one after the other."""
-
-    def mapped(*arguments: Array) -> Array:
-        return lax.map(lambda parts: function(*parts), arguments)
-
-    return mapped
-
-
-def _obstacle(module: Any, library: str, kernel: str) -> str:
-    """Say why a native kernel cannot be part of a module; empty where it can."""
-    if module.lowering_parameters.for_export:
-        return f"an exported program has to run without {library}"
-    if (devices := _partitioned(module)) > 1:
-        return (
-            f"XLA cannot partition {kernel} over {devices} devices; call it under "
-            "jax.shard_map over all axes of the mesh"
-        )
-    return ""
-
-
-def _partitioned(module: Any) -> int:
-    """Give the number of devices over which XLA partitions a module."""
-    context = module.axis_context
-    manual = getattr(context, "manual_axes", None)
-    if manual is not None:  # under shard_map
-        automatic = set(context.mesh.axis_names) - set(manual)
-        return math.prod(context.mesh.shape[name] for name in automatic)
-    return getattr(context, "num_devices", None) or 1
-
-
-mlir.register_lowering(matmul_p, lower_as(anywhere))
-mlir.register_lowering(matmul_p, lower_as(on_cpu), platform="cpu")
-mlir.register_lowering(matmul_p, _on_cuda, platform="cuda")
 
 
 # Derivatives -------------------------------------------------------------------------
@@ -336,7 +119,7 @@ def _jvp(primals: Any, tangents: Any, *, settings: Settings) -> tuple[Any, Any]:
     """Differentiate: linear in x, and in the values or their scales."""
     x, leaves, bias = settings.split(primals)
     dx, dleaves, dbias = settings.split(tangents)
-    bind = functools.partial(matmul_p.bind, settings=settings.linear)
+    bind = functools.partial(_bind, settings.linear)
     sums = bind(x, *leaves)
     terms = []
     if not isinstance(dx, ad.Zero):
@@ -389,10 +172,6 @@ def _transpose(cotangent: Any, x: Any, *leaves: Any, settings: Settings) -> list
     return out
 
 
-ad.primitive_jvps[matmul_p] = _jvp
-ad.primitive_transposes[matmul_p] = _transpose
-
-
 # Batching ----------------------------------------------------------------------------
 
 
@@ -404,7 +183,7 @@ def _batch(operands: Any, dims: Any, *, settings: Settings) -> tuple[Array, int]
         x = jnp.moveaxis(x, x_dim, -3)
         *stack, count, rows, length = x.shape
         folded = x.reshape(*stack, count * rows, length)
-        out = matmul_p.bind(folded, *others, settings=settings)
+        out = _bind(settings, folded, *others)
         return out.reshape(*stack, count, rows, out.shape[-1]), len(stack)
     size = next(
         operand.shape[dim]
@@ -417,7 +196,19 @@ def _batch(operands: Any, dims: Any, *, settings: Settings) -> tuple[Array, int]
         else jnp.moveaxis(operand, dim, 0)
         for operand, dim in zip(operands, dims, strict=True)
     ]
-    return matmul_p.bind(*stacked, settings=settings), 0
+    return _bind(settings, *stacked), 0
 
 
-batching.primitive_batchers[matmul_p] = _batch
+# Rules -------------------------------------------------------------------------------
+
+for _primitive in (matmul_p, prepared_matmul_p):
+    _primitive.def_impl(_compiled)
+    _primitive.def_abstract_eval(_abstract)
+    mlir.register_lowering(_primitive, lowering.lower_as(lowering.anywhere))
+    mlir.register_lowering(
+        _primitive, lowering.lower_as(lowering.on_cpu), platform="cpu"
+    )
+    mlir.register_lowering(_primitive, lowering.on_cuda, platform="cuda")
+    ad.primitive_jvps[_primitive] = _jvp
+    ad.primitive_transposes[_primitive] = _transpose
+    batching.primitive_batchers[_primitive] = _batch

@@ -9,8 +9,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Num
 
 from nmjax.formats import Compressed, FanInArray, NMArray, PreparedArray, prepared
-from nmjax.kernels import epilogues, native, reference
+from nmjax.kernels import native, reference
 from nmjax.kernels.dispatch import compressed_matmul
+from nmjax.kernels.settings import ACTIVATIONS, Epilogue, result_dtype
 
 
 def matmul(
@@ -77,11 +78,11 @@ def matmul(
       >>> nm.matmul(jnp.array([1.0, 10.0, 100.0, 1000.0]), small["kernel"]).tolist()
       [2010.0, 403.0]
     """
-    dtype = epilogues.result_dtype(x, preferred_element_type)
+    dtype = result_dtype(x, preferred_element_type)
     _check_operands(x, w, bias, dtype)
     _check_activation(activation)
     _check_implementation(implementation, x, w)
-    epilogue = epilogues.Epilogue(activation, None if dtype == x.dtype else dtype)
+    epilogue = Epilogue(activation, None if dtype == x.dtype else dtype)
     if not isinstance(w, Compressed):
         return epilogue.finish(reference.multiply(x, w, dtype), bias)
     product = functools.partial(_multiply_rows, form=implementation, epilogue=epilogue)
@@ -183,8 +184,8 @@ def _unprepared(w: Any) -> str:
 
 
 def _check_activation(activation: str | None) -> None:
-    if activation is not None and activation not in epilogues.ACTIVATIONS:
-        names = ", ".join(map(repr, epilogues.ACTIVATIONS))
+    if activation is not None and activation not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(
             f"activation={activation!r} is not None, {names}; apply others to the "
             "result"

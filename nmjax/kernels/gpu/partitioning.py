@@ -17,7 +17,7 @@ from jaxtyping import Array, Num
 
 from nmjax.formats import Compressed, PreparedArray
 from nmjax.formats.prepared import MULTIPLE
-from nmjax.kernels.epilogues import Epilogue, result_dtype
+from nmjax.kernels.settings import Epilogue, result_dtype
 from nmjax.kernels.gpu import products
 
 

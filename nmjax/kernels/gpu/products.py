@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Num
 
 from nmjax.formats import BlockArray, Compressed, FanInArray, PreparedArray
-from nmjax.kernels.epilogues import Epilogue, result_dtype
+from nmjax.kernels.settings import Epilogue, result_dtype
 from nmjax.kernels.gpu import blocks, fan_in, hopper, hopper_decode, hopper_weight_only
 
 FEW_ROWS = 64
@@ -28,7 +28,7 @@ def refusal(x: Any, w: Compressed, epilogue: Epilogue) -> str:
     Example:
       >>> import jax.numpy as jnp
       >>> from nmjax import formats
-      >>> from nmjax.kernels.epilogues import Epilogue
+      >>> from nmjax.kernels.settings import Epilogue
       >>> from nmjax.kernels.gpu import products
       >>> w = formats.NMArray.from_dense(jnp.zeros((64, 64), jnp.bfloat16), 2, 4)
       >>> x = jnp.ones((1, 64), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Epilogues: what happens to the sums of a product before they are stored."""
+"""Static settings of a product: what happens to its sums, and how it is computed."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 class Epilogue(NamedTuple):
-    """Static settings of a product.
+    """What happens to the sums of a product before they are stored.
 
     Attributes:
       activation: None or a key of `ACTIVATIONS`.
@@ -33,13 +33,38 @@ class Epilogue(NamedTuple):
 
         Example:
           >>> import jax.numpy as jnp
-          >>> from nmjax.kernels.epilogues import Epilogue
+          >>> from nmjax.kernels.settings import Epilogue
           >>> bias = jnp.array([1.0, -5.0])
           >>> Epilogue("relu").finish(jnp.array([[1.0, 2.0]]), bias).tolist()
           [[2.0, 0.0]]
         """
         out = product if bias is None else product + bias
         return out if self.activation is None else ACTIVATIONS[self.activation](out)
+
+
+class Settings(NamedTuple):
+    """Static parameters of the primitive.
+
+    Attributes:
+      treedef: structure of w, which holds its format, dense shape and layout.
+      form: the form asked for.
+      epilogue: what happens to the sums.
+    """
+
+    treedef: Any
+    form: str | None
+    epilogue: Epilogue
+
+    def split(self, operands: Any) -> tuple[Any, Any, Any]:
+        """Give x, the leaves of w, and the bias or None."""
+        x, *leaves = operands
+        count = self.treedef.num_leaves
+        return x, leaves[:count], leaves[count] if len(leaves) > count else None
+
+    @property
+    def linear(self) -> "Settings":
+        """The same without an activation."""
+        return self._replace(epilogue=self.epilogue._replace(activation=None))
 
 
 def result_dtype(x: Any, preferred: Any) -> Any:
@@ -54,8 +79,8 @@ def result_dtype(x: Any, preferred: Any) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from nmjax.kernels import epilogues
-      >>> epilogues.result_dtype(jnp.ones(2, jnp.int8), None).name
+      >>> from nmjax.kernels import settings
+      >>> settings.result_dtype(jnp.ones(2, jnp.int8), None).name
       'int32'
     """
     if preferred is not None:
