@@ -240,6 +240,14 @@ def test_checkpoint_of_dicts_needs_nothing_but_the_folder(tmp_path):
             checkpoints.load(tmp_path / "x", like=like)
 
 
+def test_prepared_arrays_are_saved_as_what_they_were_made_from(tmp_path):
+    weights = jnp.arange(1.0, 65.0).reshape(8, 8).astype(jnp.bfloat16)
+    kept = jnp.where(nm.nm_mask(weights, 2, 4), weights, 0)
+    small = {"kernel": formats.NMArray.from_dense(kept, 2, 4)}
+    checkpoints.save(tmp_path / "x", nm.prepare(small, "sm90"))
+    assert_same_tree(checkpoints.load(tmp_path / "x"), small)
+
+
 def test_missing_checkpoints_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint of"):
         checkpoints.load(tmp_path)
