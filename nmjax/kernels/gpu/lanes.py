@@ -1,0 +1,378 @@
+"""Code for the single threads of a Pallas kernel.
+
+A Pallas kernel for Mosaic GPU is written for warpgroups. What it has no words for, such
+as a gather in which every thread has an address of its own, is written here thread by
+thread, inside `plgpu.inline_mgpu`: integers of a thread with Python's operators, loads
+and stores of vectors, loops, and exchanges within a warp.
+
+Nothing here can be interpreted: kernels take an equal computation in plain JAX for that.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+
+# The dialects that kernels are written in; jax.extend has none of them.
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
+from jaxlib.mlir.dialects import math as functions
+
+WARP, WARPGROUP = 32, 128
+"""Threads of a warp and of a warpgroup."""
+
+SCALAR = plgpu.Layout.WG_SPLAT(())
+"""Type of an integer argument of `plgpu.inline_mgpu`; `Int.given` takes it."""
+
+
+class Int:
+    """A 32-bit integer of each thread."""
+
+    def __init__(self, value: Any):
+        i32 = ir.IntegerType.get_signless(32)
+        if isinstance(value, int):
+            value = arith.constant(i32, value)
+        assert value.type == i32, value.type
+        self.value = value
+
+    @classmethod
+    def given(cls, argument: Any) -> "Int":
+        """Take an integer argument of `plgpu.inline_mgpu`."""
+        (value,) = argument.registers.flat
+        return cls(value)
+
+    def _with(self, build: Callable[..., Any], other: "Int | int") -> "Int":
+        return Int(build(self.value, _int(other).value))
+
+    def __add__(self, other: "Int | int") -> "Int":
+        return self._with(arith.addi, other)
+
+    def __sub__(self, other: "Int | int") -> "Int":
+        return self._with(arith.subi, other)
+
+    def __mul__(self, other: "Int | int") -> "Int":
+        return self._with(arith.muli, other)
+
+    def __floordiv__(self, other: "Int | int") -> "Int":
+        return self._with(arith.divui, other)
+
+    def __mod__(self, other: "Int | int") -> "Int":
+        return self._with(arith.remui, other)
+
+    def __and__(self, other: "Int | int") -> "Int":
+        return self._with(arith.andi, other)
+
+    def __or__(self, other: "Int | int") -> "Int":
+        return self._with(arith.ori, other)
+
+    def __xor__(self, other: "Int | int") -> "Int":
+        return self._with(arith.xori, other)
+
+    def __lshift__(self, other: "Int | int") -> "Int":
+        return self._with(arith.shli, other)
+
+    def __rshift__(self, other: "Int | int") -> "Int":
+        return self._with(arith.shrui, other)
+
+    def __lt__(self, other: "Int | int") -> "Truth":
+        return self._compare(arith.CmpIPredicate.slt, other)
+
+    def __ge__(self, other: "Int | int") -> "Truth":
+        return self._compare(arith.CmpIPredicate.sge, other)
+
+    def equals(self, other: "Int | int") -> "Truth":
+        """Compare."""
+        return self._compare(arith.CmpIPredicate.eq, other)
+
+    def below(self, other: "Int | int") -> "Truth":
+        """Compare as unsigned integers: 0 <= self < other in one instruction."""
+        return self._compare(arith.CmpIPredicate.ult, other)
+
+    def at_most(self, other: "Int | int") -> "Int":
+        """Take the smaller one."""
+        return self._with(arith.minsi, other)
+
+    def at_least(self, other: "Int | int") -> "Int":
+        """Take the larger one."""
+        return self._with(arith.maxsi, other)
+
+    def _compare(self, predicate: Any, other: "Int | int") -> "Truth":
+        return Truth(arith.cmpi(predicate, self.value, _int(other).value))
+
+
+class Truth:
+    """A truth value of each thread."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __and__(self, other: "Truth") -> "Truth":
+        return Truth(arith.andi(self.value, other.value))
+
+    def __or__(self, other: "Truth") -> "Truth":
+        return Truth(arith.ori(self.value, other.value))
+
+    def no(self) -> "Truth":
+        """Negate."""
+        i1 = ir.IntegerType.get_signless(1)
+        return Truth(arith.xori(self.value, arith.constant(i1, 1)))
+
+    def choose(self, yes: Any, no: Any) -> Any:
+        """Take one of two integers, or of two other values."""
+        if isinstance(yes, Int | int):
+            yes, no = _int(yes), _int(no)
+            return Int(arith.select(self.value, yes.value, no.value))
+        return arith.select(self.value, yes, no)
+
+    def any_in_warp(self) -> "Truth":
+        """Tell all threads of the warp whether it holds for one of them."""
+        i32 = ir.IntegerType.get_signless(32)
+        text = (
+            "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; "
+            "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
+        )
+        word = llvm.inline_asm(
+            i32,
+            [arith.extui(i32, self.value)],
+            text,
+            "=r,r",
+            asm_dialect=0,
+            has_side_effects=True,
+        )
+        return Int(word).equals(1)
+
+
+def _int(value: Int | int) -> Int:
+    return value if isinstance(value, Int) else Int(value)
+
+
+def thread() -> Int:
+    """Give this thread's number in its warpgroup."""
+    return Int(utils.thread_idx()) % WARPGROUP
+
+
+def warp() -> Int:
+    """Give the number of this thread's warp in its warpgroup, equal for all of it."""
+    return Int(utils.warp_idx()) % (WARPGROUP // WARP)
+
+
+class Memory:
+    """Elements of shared or global memory, counted from the start of a reference."""
+
+    def __init__(self, ref: Any):
+        self.pointer = utils.memref_ptr(ref)
+        self.dtype = ir.MemRefType(ref.type).element_type
+        self.size = utils.bytewidth(self.dtype)
+
+    def at(self, index: Int | int) -> Any:
+        """Give the address of an element."""
+        storage = ir.IntegerType.get_signless(8 * self.size)
+        return utils.getelementptr(self.pointer, [_int(index).value], storage)
+
+    def load(self, index: Int | int, count: int = 1) -> list[Any]:
+        """Load neighbours with one instruction; index must be a multiple of count.
+
+        Returns:
+          The elements, floats in their dtype and integers with their bits.
+        """
+        storage = ir.IntegerType.get_signless(8 * self.size)
+        if count == 1:
+            found = [llvm.load(storage, self.at(index), alignment=self.size)]
+        else:
+            # As words: so that a load has 16 bytes for every dtype.
+            words = max(1, count * self.size // 4)
+            width = 8 * count * self.size // words
+            kind = word = ir.IntegerType.get_signless(width)
+            if words > 1:
+                kind = ir.VectorType.get((words,), word)
+            found = llvm.load(kind, self.at(index), alignment=count * self.size)
+            if words == 1:
+                found = vector.broadcast(ir.VectorType.get((1,), word), found)
+            found = vector.bitcast(ir.VectorType.get((count,), storage), found)
+            found = [_extract(found, i) for i in range(count)]
+        if isinstance(self.dtype, ir.IntegerType):
+            return found
+        return [arith.bitcast(self.dtype, one) for one in found]
+
+    def store(self, index: Int | int, elements: Sequence[Any]) -> None:
+        """Store neighbours with one instruction; index a multiple of their number."""
+        count = len(elements)
+        if count == 1:
+            llvm.store(elements[0], self.at(index), alignment=self.size)
+            return
+        kind = ir.VectorType.get((count,), elements[0].type)
+        packed = vector.from_elements(kind, elements)
+        words = max(1, count * self.size // 4)
+        width = ir.IntegerType.get_signless(8 * count * self.size // words)
+        packed = vector.bitcast(ir.VectorType.get((words,), width), packed)
+        if words == 1:
+            packed = _extract(packed, 0)
+        llvm.store(packed, self.at(index), alignment=count * self.size)
+
+
+def _extract(elements: Any, i: int) -> Any:
+    place = ir.DenseI64ArrayAttr.get([i])
+    return vector.extract(elements, dynamic_position=[], static_position=place)
+
+
+def unsigned(element: Any) -> Int:
+    """Widen an unsigned integer to 32 bits."""
+    i32 = ir.IntegerType.get_signless(32)
+    return Int(element if element.type == i32 else arith.extui(i32, element))
+
+
+def warpgroup_barrier() -> None:
+    """Wait for all threads of the warpgroup."""
+    utils.warpgroup_barrier()
+
+
+def to_float(element: Any) -> Any:
+    """Widen a float of 8 or 16 bits, or convert an int8, to float32."""
+    f32 = ir.F32Type.get()
+    kind = element.type
+    if kind == f32:
+        return element
+    if isinstance(kind, ir.IntegerType):
+        return arith.sitofp(f32, element)
+    i8, i16 = (ir.IntegerType.get_signless(bits) for bits in (8, 16))
+    i32 = ir.IntegerType.get_signless(32)
+    if kind == ir.BF16Type.get():
+        # The upper half of a float32.
+        word = Int(arith.extui(i32, arith.bitcast(i16, element)))
+        return arith.bitcast(f32, (word << 16).value)
+    names = {ir.Float8E4M3FNType: "e4m3", ir.Float8E5M2Type: "e5m2"}
+    name = next((n for t, n in names.items() if isinstance(kind, t)), None)
+    if name is not None:
+        # Float8 is converted in pairs, to float16, which has every float8.
+        pair = arith.extui(i16, arith.bitcast(i8, element))
+        text = f"cvt.rn.f16x2.{name}x2 $0, $1;"
+        halves = llvm.inline_asm(i32, [pair], text, "=r,h", asm_dialect=0)
+        element = arith.bitcast(ir.F16Type.get(), arith.trunci(i16, halves))
+    return arith.extf(f32, element)
+
+
+def constant(value: float) -> Any:
+    """Give a float32."""
+    return arith.constant(ir.F32Type.get(), float(value))
+
+
+def add(a: Any, b: Any) -> Any:
+    """Add float32s."""
+    return arith.addf(a, b)
+
+
+def multiply_add(a: Any, b: Any, c: Any) -> Any:
+    """Compute a b + c in float32, rounded once."""
+    return functions.fma(a, b, c)
+
+
+def exchange(element: Any, distance: int) -> Any:
+    """Swap a float32 with the thread whose number differs in this bit."""
+    return utils.shfl_bfly(element, distance)
+
+
+def finish(
+    total: Any, scale: Any | None, bias: Any | None, activation: str | None, dtype: Any
+) -> Any:
+    """Turn a sum into a result, as `finishing.finish` does.
+
+    Args:
+      total: the sum, float32.
+      scale: a factor, float32.
+      bias: what is added, float32.
+      activation: of `finishing.ACTIVATIONS`.
+      dtype: dtype of the result.
+    """
+    x = total if scale is None else arith.mulf(total, scale)
+    x = x if bias is None else arith.addf(x, bias)
+    if activation == "relu":
+        x = arith.maximumf(x, constant(0))
+    elif activation is not None:
+        inner = x
+        if activation == "gelu":
+            cube = arith.mulf(arith.mulf(x, x), x)
+            inner = multiply_add(constant(0.044715), cube, x)
+            inner = arith.mulf(constant(math.sqrt(8 / math.pi)), inner)
+        # 1 / (1 + exp(-t)) by the instruction for powers of two.
+        power = arith.mulf(inner, constant(-math.log2(math.e)))
+        f32 = ir.F32Type.get()
+        power = llvm.inline_asm(
+            f32, [power], "ex2.approx.f32 $0, $1;", "=f,f", asm_dialect=0
+        )
+        x = arith.divf(x, arith.addf(constant(1), power))
+    kind = utils.dtype_to_ir_type(jnp.dtype(dtype))
+    return x if kind == x.type else arith.truncf(kind, x)
+
+
+def loop(
+    start: Int | int, stop: Int | int, step: int, carry: Sequence[Any]
+) -> Callable[[Callable[..., Sequence[Any]]], list[Any]]:
+    """Run ``carry = body(i, *carry)`` for every step-th i below `stop`; a decorator.
+
+    Returns:
+      A function from the body to the last values that it gave.
+    """
+
+    def run(body: Callable[..., Sequence[Any]]) -> list[Any]:
+        bounds = [_int(i).value for i in (start, stop, step)]
+        built = scf.ForOp(*bounds, _flatten(carry))
+        with ir.InsertionPoint(built.body):
+            inner = _restore(carry, built.inner_iter_args)
+            scf.yield_(_flatten(body(Int(built.induction_variable), *inner)))
+        return _restore(carry, built.results)
+
+    return run
+
+
+def repeat(
+    carry: Sequence[Any],
+) -> Callable[[Callable[..., tuple[Truth, Sequence[Any]]]], list[Any]]:
+    """Run ``more, carry = body(*carry)`` once, and again while there is more."""
+
+    def run(body: Callable[..., tuple[Truth, Sequence[Any]]]) -> list[Any]:
+        flat = _flatten(carry)
+        kinds = [value.type for value in flat]
+        built = scf.WhileOp(kinds, flat)
+        before = built.before.blocks.append(*kinds)
+        with ir.InsertionPoint.at_block_begin(before):
+            more, results = body(*_restore(carry, before.arguments))
+            scf.condition(more.value, _flatten(results))
+        after = built.after.blocks.append(*kinds)
+        with ir.InsertionPoint.at_block_begin(after):
+            scf.yield_(list(after.arguments))
+        return _restore(carry, built.results)
+
+    return run
+
+
+def choose(
+    truth: Truth,
+    yes: Callable[[], Sequence[Any]],
+    no: Callable[[], Sequence[Any]],
+    like: Sequence[Any],
+) -> list[Any]:
+    """Run one of two branches, which give values of the types of `like`."""
+    built = scf.IfOp(truth.value, [v.type for v in _flatten(like)], has_else=True)
+    for block, branch in ((built.then_block, yes), (built.else_block, no)):
+        with ir.InsertionPoint(block):
+            scf.yield_(_flatten(branch()))
+    return _restore(like, built.results)
+
+
+def when(truth: Truth) -> Any:
+    """Do what is in the context only where it holds."""
+    return utils.when(truth.value)
+
+
+def _flatten(values: Sequence[Any]) -> list[Any]:
+    return [v.value if isinstance(v, Int | Truth) else v for v in values]
+
+
+def _restore(like: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    return [
+        type(old)(new) if isinstance(old, Int | Truth) else new
+        for old, new in zip(like, values, strict=True)
+    ]
