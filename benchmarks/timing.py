@@ -104,7 +104,7 @@ class Timing:
 
 
 def measure(
-    functions: Mapping[str, "Callable[[], Any] | PeerFunction"],
+    functions: Mapping[str, Any],
     base: str,
     rounds: int = 9,
     target: float = 0.02,
@@ -113,7 +113,8 @@ def measure(
     """Time functions in alternation with the base, called once before to warm up.
 
     Args:
-      functions: Functions without arguments; a `PeerFunction` runs in its process.
+      functions: Functions without arguments; a `PeerFunction` runs in its process, and
+        anything else that has a method ``seconds`` like it times itself.
       base: Name of the function that ratios are taken to.
       rounds: Rounds over all functions.
       target: Seconds to spend on one function per round; fast ones are repeated.
@@ -131,6 +132,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in functions}
     ratios: dict[str, list[float]] = {name: [] for name in functions}
     before = _seconds(functions[base], repeats[base])
+    times[base].append(before)
     for turn in range(rounds):
         for name, function in functions.items():
             if turn >= limit[name] or name == base:
@@ -174,11 +176,13 @@ def table(title: str, results: Mapping[str, Timing], notes: Mapping[str, str]) -
     return "\n".join(lines)
 
 
-def _seconds(function: "Callable[[], Any] | PeerFunction", repeats: int) -> float:
+def _seconds(function: Any, repeats: int) -> float:
     if isinstance(function, PeerFunction):
         took = function.seconds(repeats)
         time.sleep(PAUSE)
         return took
+    if hasattr(function, "seconds"):
+        return function.seconds(repeats)
     return seconds(function, repeats)
 
 
