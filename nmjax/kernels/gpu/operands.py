@@ -24,7 +24,7 @@ def sizes(values: jax.Array, x: jax.Array) -> tuple[int, int, int]:
 
 def check(
     values: jax.Array,
-    image: jax.Array,
+    image: jax.Array | None,
     x: jax.Array,
     scales: Any,
     bias: Any,
@@ -36,7 +36,7 @@ def check(
     Args:
       values: kept values, ``(F, K / 2)``.
       image: their positions, int32 ``(F / 64, K / 64, 128)``, or twice as long along
-        its second axis for 16-bit inputs.
+        its second axis for 16-bit inputs. None: its shape is another one.
       x: inputs, ``(batch, K)``.
       scales: None, or a factor of each output, ``(F, 1)``.
       bias: None, or what is added to each output, ``(F,)``.
@@ -70,7 +70,8 @@ def check(
     shapes = [(tiles, steps, images.THREADS)]
     if x.dtype.itemsize == 2:
         shapes.append((tiles, 2 * steps, images.THREADS))
-    if image.shape not in shapes or image.dtype != "int32":
+    unknown = image is not None and image.shape not in shapes
+    if image is not None and (unknown or image.dtype != "int32"):
         raise ValueError(
             f"image {image.dtype}{list(image.shape)} does not belong to values of "
             f"shape {values.shape}: it must be int32{list(shapes[0])}, from "
