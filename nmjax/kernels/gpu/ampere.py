@@ -266,11 +266,11 @@ def _body(
     layout = plgpu.Layout.WG_STRIDED(shape[::-1], vec_size=width)
     for start in range(0, tiles.rows, stored):
         part = sums[:, start : start + stored]
-        repeated = (
+        scales, bias = (
             None if vector is None else lax.broadcast_in_dim(vector, shape, (0,))
             for vector in vectors
         )
-        part = finishing.finish(part, *repeated, activation, out_gmem.dtype)
+        part = finishing.finish(part, scales, bias, activation, out_gmem.dtype)
         store(part, out_smem)
         wait(0)
         there = pl.ds(row * tiles.rows + start, stored)
