@@ -199,7 +199,7 @@ def test_broadcast_images_give_the_same(kind):
     [
         ("hopper", Tiles(rows=64, inputs=64, stages=3)),
         ("hopper", Tiles(rows=72, inputs=128, stages=2)),  # three parts are stored
-        ("hopper", Tiles(features=128, rows=128, inputs=256, stages=1)),
+        ("hopper", Tiles(features=128, rows=160, inputs=128, stages=1)),
         ("hopper", Tiles(rows=64, inputs=64, stages=2, cluster=2)),
         ("hopper", Tiles(rows=64, inputs=64, stages=2, overlap=True)),
         ("hopper_decode", Tiles(rows=48, inputs=64, stages=2, splits=3)),

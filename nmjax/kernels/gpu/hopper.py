@@ -27,7 +27,7 @@ def multiply(
     activation: str | None = None,
     out_dtype: Any = None,
     tiles: Tiles | None = None,
-    processors: int = tiling.PROCESSORS,
+    processors: int | None = None,
     interpret: Any = False,
 ) -> Num[Array, "batch F"]:
     r"""Multiply with 2:4 weights of the dtype of the inputs.
@@ -51,7 +51,7 @@ def multiply(
       out_dtype: bfloat16, float16, float32 or int32. Default: as
         `nmjax.kernels.gpu.finishing.result_dtype` says.
       tiles: sizes. Default: `nmjax.kernels.gpu.tiling.choose`.
-      processors: streaming multiprocessors of the GPU.
+      processors: multiprocessors that take tiles. Default: all of the GPU.
       interpret: `plgpu.InterpretGPUParams` to run without a GPU.
 
     Returns:
@@ -94,7 +94,7 @@ def product(
     activation: str | None = None,
     out_dtype: Any,
     tiles: Tiles,
-    processors: int,
+    processors: int | None,
     interpret: Any,
 ) -> Array:
     """Run the kernel on operands that were checked.
@@ -146,6 +146,7 @@ def product(
     cluster = {}
     if tiles.cluster > 1:
         cluster = {"cluster": (tiles.cluster,), "cluster_names": ("member",)}
+    processors = processors or tiling.processors()
     run = plgpu.kernel(
         kernel.body,
         out_type=jax.ShapeDtypeStruct(

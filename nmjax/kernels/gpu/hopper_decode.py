@@ -24,7 +24,7 @@ def multiply(
     activation: str | None = None,
     out_dtype: Any = None,
     tiles: Tiles | None = None,
-    processors: int = tiling.PROCESSORS,
+    processors: int | None = None,
     interpret: Any = False,
 ) -> Num[Array, "batch F"]:
     r"""Multiply few rows with 2:4 weights of the dtype of the inputs.

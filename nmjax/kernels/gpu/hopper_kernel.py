@@ -84,7 +84,7 @@ class Kernel:
     @property
     def piece(self) -> int:
         """Rows that are stored at once."""
-        return tiling.piece(self.tiles.rows, self.out_dtype)
+        return tiling.piece(self.tiles, self.out_dtype)
 
     def scratch(self) -> dict[str, Any]:
         """Give shared memory and barriers."""

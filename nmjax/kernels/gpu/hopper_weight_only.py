@@ -22,7 +22,7 @@ def multiply(
     activation: str | None = None,
     out_dtype: Any = None,
     tiles: Tiles | None = None,
-    processors: int = tiling.PROCESSORS,
+    processors: int | None = None,
     interpret: Any = False,
 ) -> Num[Array, "batch F"]:
     r"""Multiply 16-bit inputs with 2:4 weights of 8 bits and a scale for each output.

@@ -11,6 +11,7 @@ import importlib.resources
 import json
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 KINDS = ("hopper", "hopper_decode", "hopper_weight_only")
@@ -35,7 +36,7 @@ class Tiles:
 
     Attributes:
       features: outputs of a warpgroup, 64 or 128; a block has two of them.
-      rows: rows of x, a multiple of 8 up to 256, or up to 128 where `features` is 128.
+      rows: rows of x, a multiple of 8 up to 256, or up to 192 where `features` is 128.
       inputs: inputs of a step.
       stages: steps that are in shared memory at once.
       splits: parts that the inputs are cut into, to give work to more blocks.
@@ -56,24 +57,39 @@ class Tiles:
     overlap: bool = False
 
 
-def piece(rows: int, out_dtype: Any) -> int:
-    """Give the rows of a tile that are stored at once, up to 128 bytes of a column.
+def processors() -> int:
+    """Count the streaming multiprocessors of the GPU that JAX runs on.
+
+    Returns:
+      Their number; that of an H100 SXM where there is no GPU.
+
+    Example:
+      >>> from nmjax.kernels.gpu import tiling
+      >>> tiling.processors() > 0
+      True
+    """
+    device: Any = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else PROCESSORS
+
+
+def piece(tiles: Tiles, out_dtype: Any) -> int:
+    """Give the rows of a tile that are stored at once, up to 8 KB of a warpgroup.
 
     Args:
-      rows: rows of the tile.
+      tiles: the sizes.
       out_dtype: dtype of what is stored.
 
     Returns:
-      The largest multiple of 8 that divides them.
+      The largest multiple of 8 that divides the rows.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from nmjax.kernels.gpu import tiling
-      >>> tiling.piece(160, jnp.bfloat16)
+      >>> tiling.piece(tiling.Tiles(rows=160), jnp.bfloat16)
       40
     """
-    most = 128 // jnp.dtype(out_dtype).itemsize
-    return max(size for size in range(8, most + 1, 8) if rows % size == 0)
+    most = 8192 // tiles.features // jnp.dtype(out_dtype).itemsize
+    return max(size for size in range(8, most + 1, 8) if tiles.rows % size == 0)
 
 
 def shared_bytes(
@@ -104,7 +120,7 @@ def shared_bytes(
     values = block * tiles.inputs // 2 * weight
     image = tiles.inputs // word_inputs * 8 * block
     x = tiles.rows * tiles.inputs * number
-    rows = piece(tiles.rows, out_dtype)
+    rows = piece(tiles, out_dtype)
     out = min(2, tiles.rows // rows) * rows * block * result
     barriers = 2 * 8
     return tiles.stages * (values + image + x + barriers) + out
@@ -142,7 +158,9 @@ def refusal(
     """
     if tiles.features not in (64, 128):
         return f"features={tiles.features} must be 64 or 128"
-    most = 256 * 64 // tiles.features  # sums that fit into registers
+    upcast = jnp.dtype(values_dtype) != jnp.dtype(x_dtype)
+    # Rows whose sums fit into registers, beside values where these are widened.
+    most = 256 if tiles.features == 64 else 128 if upcast else 192
     # Instructions on int8 take 8, 16, 24, 32, 48, 64 rows, and so on.
     step = 16 if jnp.dtype(x_dtype).itemsize == 1 and tiles.rows > 32 else 8
     if not 8 <= tiles.rows <= most or tiles.rows % step:
@@ -160,7 +178,7 @@ def refusal(
         return f"splits={tiles.splits} must be 1 to {inputs // tiles.inputs}"
     if tiles.stages < 1 + tiles.overlap:
         return f"stages={tiles.stages} must be at least {1 + tiles.overlap}"
-    if tiles.overlap and jnp.dtype(values_dtype) != jnp.dtype(x_dtype):
+    if tiles.overlap and upcast:
         return "overlap=True takes values of the dtype of the inputs"
     taken = shared_bytes(tiles, values_dtype, x_dtype, out_dtype, word_inputs)
     if taken > SHARED_BYTES:
@@ -242,9 +260,9 @@ def default(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Til
     """Give tiles that follow from the sizes alone.
 
     Few rows: all of them in one tile, and the inputs split until blocks fill three
-    quarters of the places on the multiprocessors. Many rows: tiles that end first, if a
-    tile with `r` rows takes a time in proportion to r + 32, as its reads of shared
-    memory do.
+    quarters of the places on the multiprocessors. Many rows: the tiles that end first,
+    if the time of one is that of what it reads from shared memory and writes there,
+    which is more than that of its instructions.
 
     Args:
       kind: the kernel.
@@ -262,24 +280,16 @@ def default(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Til
       >>> tiling.default("hopper_decode", jnp.bfloat16, 4096, 4096, 1)
       Tiles(features=64, rows=8, inputs=256, stages=5, splits=4, panel=8, ...)
     """
+    if rows > FEW_ROWS:
+        return _default_of_many(kind, dtype, features, rows)
     size = _operands(kind, dtype)[1].itemsize
-    blocks = features // (GROUPS * 64)
-    if rows <= FEW_ROWS:
-        height = _multiple(rows, 8 if rows <= 32 or size == 2 else 16)
-    else:
-        heights = [
-            r for r in range(64, 257, 8 * 2 // size) if piece(r, "bfloat16") > 16
-        ]
-        height = min(
-            heights,
-            key=lambda r: (_rounds(blocks * -(-rows // r)) * (r + 32), -r),
-        )
-    tiles = Tiles(rows=height)
-    if kind == "hopper" or rows > FEW_ROWS:
+    tiles = Tiles(rows=_multiple(rows, 8 if rows <= 32 or size == 2 else 16))
+    if kind == "hopper":
         return _deepen(dataclasses.replace(tiles, inputs=128 // size), kind, dtype)
     steps = [s // size for s in (512, 256) if inputs % (s // size) == 0] or [64]
     found = [_deepen(dataclasses.replace(tiles, inputs=s), kind, dtype) for s in steps]
     tiles = next((t for t in found if t.stages >= 4), found[-1])
+    blocks = features // (GROUPS * 64)
     places = [
         (s, blocks * s / (_rounds(blocks * s) * PROCESSORS))
         for s in range(1, max(1, inputs // tiles.inputs // 2) + 1)
@@ -287,6 +297,31 @@ def default(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Til
     full = [s for s, used in places if used >= 0.75]
     splits = full[0] if full else max(places, key=lambda place: place[1])[0]
     return dataclasses.replace(tiles, splits=splits)
+
+
+def _default_of_many(kind: str, dtype: Any, features: int, rows: int) -> Tiles:
+    """Give the default for many rows, see `default`."""
+    size = _operands(kind, dtype)[1].itemsize
+
+    def moved(tiles: Tiles) -> int:
+        block = GROUPS * tiles.features
+        # Bytes for 128 bytes of every row of x, which take two instructions each.
+        written = block * (64 + 8) + tiles.rows * 128
+        read = 2 * block // 64 * (64 * 32 + tiles.rows * 64)
+        return _rounds(features // block * -(-rows // tiles.rows)) * (written + read)
+
+    step = 16 // size
+    heights = [Tiles(rows=height) for height in range(64, 257, step)]
+    if features % 256 == 0:
+        most = 128 if kind == "hopper_weight_only" else 192
+        heights += [
+            Tiles(features=128, rows=height) for height in range(64, most + 1, step)
+        ]
+    # Tiles that are stored in many small parts are left out.
+    heights = [t for t in heights if t.features * piece(t, "bfloat16") >= 24 * 64]
+    # The widest, where several take the same time.
+    best = min(heights, key=lambda t: (moved(t), -t.features, -t.rows))
+    return _deepen(dataclasses.replace(best, inputs=128 // size), kind, dtype)
 
 
 def candidates(
@@ -322,15 +357,16 @@ def candidates(
             found.append(tiles)
 
     if kind == "hopper" or rows > FEW_ROWS:
-        for cluster in (1, 2):
-            add(cluster=cluster, rows=256)
-            add(cluster=cluster, overlap=True)
-            add(cluster=cluster, inputs=2 * first.inputs)
-            add(cluster=cluster, features=128, rows=min(first.rows, 128))
-            add(cluster=cluster, panel=16)
-        add(rows=192)
-        add(rows=128)
-        add(cluster=4)
+        shapes = ((first.features, first.rows), (64, 256), (128, 192), (128, 128))
+        for wide, height in (*shapes, (64, 192), (64, 128)):
+            for cluster in (1, 2):
+                add(features=wide, rows=height, cluster=cluster)
+        for wide, height in ((64, 256), (128, 192)):
+            add(features=wide, rows=height, cluster=2, overlap=True)
+            add(features=wide, rows=height, cluster=2, panel=16)
+            add(features=wide, rows=height, cluster=4)
+        add(overlap=True)
+        add(inputs=2 * first.inputs)
     else:
         for splits in sorted({1, 2, 4, 8, first.splits // 2, 2 * first.splits}):
             add(splits=splits)
