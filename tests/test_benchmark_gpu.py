@@ -112,7 +112,7 @@ def test_dry_run_writes_pages_and_judges_nothing(smoke):
 def test_resumed_run_skips_what_is_done(smoke):
     folder, _, found = smoke
     command = ["--smoke", "--out", str(folder), "--resume", "--sections"]
-    printed = run(*command, "environment,probe", module=False)
+    printed = run(*command, "environment,costs", module=False)
     assert "tasks of" in printed and printed.count("nothing is left to do") == 2
     again = strict((folder / "gpu_cpu.json").read_text())
     assert again["rows"] == found["rows"]

@@ -3,9 +3,11 @@
 import argparse
 import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -266,6 +268,8 @@ class Session:
         try:
             replace(self.path.with_suffix(".md"), pages.to_markdown(self.found))
             pages.plot(self.found, self.path.with_suffix(".png"))
+            if table := report.tiles_of(self.found):
+                replace(self.options.out / "tiles.json", table)
         except Exception as error:  # noqa: BLE001 - the numbers are safe
             print(f"no table or plot: {type(error).__name__}: {error}", flush=True)
 
@@ -292,12 +296,41 @@ def hash_of_kernels() -> str:
     return found.hexdigest()[:12]
 
 
+def cuda_root() -> Path | None:
+    """Find a CUDA toolkit for the compilers of JAX; None where they find one.
+
+    They look for ptxas and libdevice in pip's packages and in CUDA_ROOT.
+    """
+    if os.environ.get("CUDA_ROOT"):
+        return None
+    for name in ("nvidia.cu13", "nvidia.cuda_nvcc"):
+        try:
+            spec = importlib.util.find_spec(name)
+        except ImportError:
+            continue
+        for folder in (spec and spec.submodule_search_locations) or []:
+            if is_toolkit(Path(folder)):
+                return None
+    found = [shutil.which(tool) for tool in ("ptxas", "nvcc")]
+    places = [Path(tool).resolve().parents[1] for tool in found if tool]
+    places += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+    places += [Path("/usr/local/cuda"), *Path("/usr/local").glob("cuda-*")]
+    return next(filter(is_toolkit, places), None)
+
+
+def is_toolkit(folder: Path) -> bool:
+    """Tell whether a folder has what compilers need."""
+    return (folder / "bin/ptxas").exists() and (folder / "nvvm/libdevice").exists()
+
+
 def starter(options: argparse.Namespace, log: Path) -> Callable[[str, float], Worker]:
     """Give a function that starts workers."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    # Where the section "tune" writes.
-    environment["NMJAX_BENCHMARK_OUT"] = str(options.out.resolve())
+    if (root := cuda_root()) is not None:
+        environment |= {"CUDA_ROOT": str(root)}
+        environment["PATH"] = os.pathsep.join([f"{root}/bin", os.environ["PATH"]])
+        print(f"CUDA_ROOT={root}", flush=True)
     if options.smoke:
         environment["JAX_PLATFORMS"] = "cpu"
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

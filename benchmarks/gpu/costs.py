@@ -10,7 +10,7 @@ import timing
 import train_step
 
 import nmjax as nm
-from benchmarks.gpu.timings import is_lost
+from benchmarks.gpu.timings import is_lost, times_of
 from benchmarks.gpu.workers import Json, Report, Task, short
 from nmjax.kernels.rotation import SERIAL, Program
 
@@ -70,20 +70,9 @@ def time_masks(size: int, dtype: str, smoke: bool, report: Report) -> None:
             skipped[way] = short(error)
     rounds, target = (2, 0.0) if smoke else (7, 0.01)
     found = timing.measure(programs, "copy", rounds, target)
-    calls = programs["copy"].calls
     for way, program in programs.items():
-        # Ratios of runs, which hold another number of calls than those of the base.
-        scale = calls / program.calls
-        result = found[way]
-        report(
-            name=way,
-            of=name,
-            base="copy",
-            us=1e3 * result.ms / program.calls,
-            ratio=scale * result.ratio,
-            low=scale * result.low,
-            high=scale * result.high,
-        )
+        times = times_of(found[way], program, programs["copy"])
+        report(name=way, of=name, base="copy", **times)
     for way, reason in skipped.items():
         report(name=way, of=name, base="copy", absent=reason)
 

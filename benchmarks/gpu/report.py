@@ -260,3 +260,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def tiles_of(results: Mapping[str, Any]) -> str:
+    """Make the table that kernels follow, `nmjax/kernels/gpu/tiles.json`.
+
+    Args:
+      results: a run.
+
+    Returns:
+      The file's text; empty where no tiles were measured.
+    """
+    entries = [row["entry"] for row in results["rows"] if row["section"] == "tune"]
+    if not entries:
+        return ""
+    from nmjax.kernels import tune  # imports JAX, which touches no device by that
+
+    machine = results["machine"]
+    head = {
+        "device": machine.get("device"),
+        "versions": {name: machine.get(name) for name in ("jax", "jaxlib")},
+        "date": machine.get("date", "")[:10],
+    }
+    return tune.to_json(tune.merge({}, head, entries))

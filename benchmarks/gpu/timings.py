@@ -174,17 +174,21 @@ def run(settings: Json, report: Report) -> None:
         row = operands.fields(product) | {"kernel": name}
         if name.startswith("tiles"):
             row["tiles"] = dataclasses.asdict(candidates[int(name.split()[1])])
-        row |= times_of(found[name], program.calls) | about(program)
+        row |= times_of(found[name], program, programs[BASE]) | about(program)
         touched = read[name.startswith("dense")] + written
         report(**row, bytes=touched, operations=product.operations)
     for name, reason in skipped.items():
         report(**(operands.fields(product) | {"kernel": name}), absent=reason)
 
 
-def times_of(result: timing.Timing, calls: int) -> dict[str, float]:
-    """Give what a row says about times: those of one of the calls of a program."""
-    times = {"us": 1e3 * result.ms / calls, "ratio": result.ratio}
-    return times | {"low": result.low, "high": result.high}
+def times_of(
+    result: timing.Timing, program: Program, base: Program
+) -> dict[str, float]:
+    """Give what a row says about times: those of one of a program's products."""
+    # The base's program may hold another number of products.
+    scale = base.calls / program.calls
+    ratios = {name: scale * getattr(result, name) for name in ("ratio", "low", "high")}
+    return {"us": 1e3 * result.ms / program.calls} | ratios
 
 
 def about(program: Program) -> Json:

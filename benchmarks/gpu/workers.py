@@ -24,6 +24,10 @@ TAIL = 12
 """Lines of a worker's log that the message about its death quotes."""
 
 
+LOG = 4_000_000
+"""Characters that a log has at most."""
+
+
 class Lost(Exception):
     """A worker died or did not answer in time; the message says what was seen."""
 
@@ -151,8 +155,9 @@ class Worker:
     def _errors(self, stream: IO[str]) -> None:
         with self.log.open("a") as file, stream:
             for line in stream:
-                file.write(line)
-                file.flush()
+                if file.tell() < LOG:
+                    file.write(line)
+                    file.flush()
                 self.tail.append(line.rstrip()[:300])
 
 

@@ -180,19 +180,40 @@ def merge(
     return {**head, "entries": [found[key] for key in sorted(found)]}
 
 
+def to_json(table: Mapping[str, Any]) -> str:
+    """Format a table, a line for each entry.
+
+    Args:
+      table: what `merge` gave.
+
+    Returns:
+      The text of the file.
+
+    Example:
+      >>> from nmjax.kernels import tune
+      >>> print(tune.to_json({"device": "H100", "entries": [{"rows": 8}]}), end="")
+      {
+       "device": "H100",
+       "entries": [
+        {"rows": 8}
+       ]
+      }
+    """
+    head = {key: value for key, value in table.items() if key != "entries"}
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
+    body = f"[\n{lines}\n ]" if lines else "[]"
+    return f'{json.dumps(head, indent=1)[:-2]},\n "entries": {body}\n}}\n'
+
+
 def write(path: Path, table: Mapping[str, Any]) -> None:
-    """Write a table, a line for each entry.
+    """Write a table.
 
     Args:
       path: the file.
       table: what `merge` gave.
     """
-    head = {key: value for key, value in table.items() if key != "entries"}
-    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
-    body = f"[\n{lines}\n ]" if lines else "[]"
-    text = f'{json.dumps(head, indent=1)[:-2]},\n "entries": {body}\n}}\n'
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
+    beside.write_text(to_json(table))
     os.replace(beside, path)  # at once: a run that is killed leaves the old one
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of nmjax: scripts, and the GPU session `benchmarks.gpu`."""
