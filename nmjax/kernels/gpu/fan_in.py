@@ -4,22 +4,22 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Num, UInt
 
-from nmjax.kernels.gpu import lanes
-from nmjax.kernels.gpu.finishing import ACTIVATIONS, finish
-from nmjax.kernels.gpu.gathers import CONFLICTS, LINE, Filler, Lines, Sums
-from nmjax.kernels.gpu.lanes import SCALAR, WARPGROUP, Int, Memory, Truth
+from nmjax.kernels.gpu import chunks, lanes
+from nmjax.kernels.gpu.chunks import SHARED, WARPS, Adder, Work
+from nmjax.kernels.gpu.finishing import ACTIVATIONS
+from nmjax.kernels.gpu.gathers import CONFLICTS, LINE, Lines
+from nmjax.kernels.gpu.lanes import Int, Memory, Truth
 
-SHARED = 200 * 1024
-"""Bytes of shared memory that tiles of inputs take at most."""
+PROCESSORS = 132
+"""Streaming multiprocessors of a Hopper GPU."""
 
-_WARPS = WARPGROUP // lanes.WARP
+_L2 = 24
+"""Bytes that each of them gets from L2 in a clock, if all ask."""
+
 _INPUTS = ("float32", "bfloat16", "float16")
 _VALUES = (*_INPUTS, "int8", "float8_e4m3fn", "float8_e5m2")
 _INDICES = ("uint8", "uint16", "uint32")
@@ -75,8 +75,8 @@ def refusal(values: Any, indices: Any, x: Any) -> str:
     if not (math.prod(values.shape) and math.prod(x.shape)):
         return "there is nothing to compute"
     elements = (values.size, x.size, values.shape[0] * x.shape[0])
-    if max(elements) >= 2**31:
-        return f"an array of {max(elements)} elements is counted with 32 bits"
+    if max(elements) > 2**30:
+        return f"an array has {max(elements)} elements; the kernel counts up to 2**30"
     return ""
 
 
@@ -130,45 +130,22 @@ def multiply(
     _check(values, indices, scales, bias, activation)
     if tiles is None:
         tiles = choose(batch, length, alive, k, x.dtype, values.dtype, indices.dtype)
-    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    work = _Work(tiles, batch, length, alive, k, Lines.of(tiles.rows, x.dtype))
+    work = _work(tiles, batch, length, alive, x.dtype)
+    weights = [values, indices]
     if interpret:
-        # On a GPU, threads leave out what is not there.
-        x = _pad(x, work.row_tiles * tiles.rows, work.chunks * tiles.inputs)
-        rows = work.neuron_tiles * tiles.neurons
-        values, indices = (_pad(array, rows, k) for array in (values, indices))
-        scales = None if scales is None else _pad(scales, rows, 1)
-        bias = None if bias is None else jnp.pad(bias, (0, rows - alive))
-    given = [one for one in (scales, bias) if one is not None]
-    shape = (x.shape[0], values.shape[0])
-
-    def kernel(values: Any, indices: Any, x: Any, *rest: Any, **scratch: Any) -> None:
-        *given, results = rest
-        factors = given.pop(0) if scales is not None else None
-        constants = given.pop(0) if bias is not None else None
-        refs = _Refs(values, indices, x, factors, constants, results, **scratch)
-        emit = _Interpreted if interpret else _Compiled
-        _run(work, emit(work, refs, activation), refs)
-
-    results = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
-        grid=(work.row_tiles, work.neuron_tiles),
-        grid_names=("row_tile", "neuron_tile"),
-        num_threads=tiles.warpgroups,
-        thread_name="warpgroup",
-        scratch_types={
-            "tile": plgpu.SMEM((work.stages, tiles.inputs, tiles.rows), work.lines.dtype),
-            "sums": plgpu.SMEM((tiles.neurons, tiles.rows + 1), jnp.float32),
-            "cursors": plgpu.SMEM((tiles.neurons,), jnp.int32),
-            "barrier": plgpu.Barrier(num_arrivals=tiles.warpgroups),
-        },
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        rows = work.output_tiles * work.tile
+        weights = [chunks.pad(array, rows, k) for array in weights]
+    return chunks.product(
+        work,
+        _FanIn(k, tiles.slots),
+        weights,
+        x,
+        scales=None if scales is None else scales[:, 0],
+        bias=bias,
+        activation=activation,
+        out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
         interpret=interpret,
-    )(values, indices, x, *given)
-    return results[:batch, :alive]
+    )
 
 
 def choose(
@@ -212,16 +189,10 @@ def choose(
             continue
         lines = Lines.of(rows, x_dtype)
         tiles = _fill_processors(lines, batch, length, alive, k)
-        work = _Work(tiles, batch, length, alive, k, lines)
-        options.append((_clocks(work, weight, size), -rows, tiles))
+        work = _work(tiles, batch, length, alive, x_dtype)
+        clocks = _clocks(work, k, tiles.slots, weight, size)
+        options.append((clocks, -rows, tiles))
     return min(options)[-1]
-
-
-PROCESSORS = 132
-"""Streaming multiprocessors of a Hopper GPU."""
-
-_L2 = 24
-"""Bytes that each of them gets from L2 in a clock, if all ask."""
 
 
 def _fill_processors(
@@ -231,323 +202,108 @@ def _fill_processors(
     row_tiles = -(-batch // lines.rows)
     neurons = -(-alive * row_tiles // PROCESSORS)
     warpgroups = 1 if neurons <= 4 else 2 if neurons <= 8 else 4
-    step = _WARPS * warpgroups
+    step = WARPS * warpgroups
     neurons = min(-(-neurons // step) * step, 128)
     most = SHARED // lines.bytes
     inputs = length
     if length > most:
         inputs = -(-length // -(-length // (most // 2)))
-    slots = next(s for s in (4, 2, 1) if s * lines.groups <= max(k, WARPGROUP // 4))
+    # More at a time hide more of the latency, and cut more at the end of a chunk.
+    known = (4, 2, 1) if inputs == length else (2, 1)
+    slots = next(s for s in known if s == 1 or s * lines.groups <= k)
     return Tiles(lines.rows, neurons, -(-inputs // 32) * 32, slots, warpgroups)
 
 
-def _clocks(work: "_Work", weight: int, size: int) -> float:
+def _clocks(work: Work, k: int, slots: int, weight: int, size: int) -> float:
     """Estimate how long a product takes, in clocks of a multiprocessor."""
-    tiles, lines = work.tiles, work.lines
+    lines = work.lines
     filling = 2 * work.length * lines.bytes / LINE
-    slots = work.k + work.chunks * tiles.slots * lines.groups / 2
+    taken = k + work.chunks * slots * lines.groups / 2
     passes = CONFLICTS[lines.pieces] * lines.bytes / LINE
     # Weights reach every thread of a group.
-    adding = tiles.neurons * slots * (passes + weight * lines.lanes / LINE)
-    copied = tiles.rows * work.length * size
-    weights = tiles.neurons * work.k * weight
+    adding = work.tile * taken * (passes + weight * lines.lanes / LINE)
+    copied = lines.rows * work.length * size
+    weights = work.tile * k * weight
     if work.chunks == 1:
         clocks = max(filling, copied / _L2) + max(adding, weights / _L2)
     else:
         clocks = max(filling + adding, (copied + weights) / _L2)
-    blocks = work.row_tiles * work.neuron_tiles
-    return clocks * max(1.0, blocks / PROCESSORS)
+    return clocks * max(1.0, work.row_tiles * work.output_tiles / PROCESSORS)
 
 
-class _Work(NamedTuple):
-    """Sizes of a product and of its tiles."""
+def _work(tiles: Tiles, batch: int, length: int, alive: int, dtype: Any) -> Work:
+    return Work(
+        batch=batch,
+        length=length,
+        outputs=alive,
+        lines=Lines.of(tiles.rows, dtype),
+        tile=tiles.neurons,
+        inputs=tiles.inputs,
+        warpgroups=tiles.warpgroups,
+    )
 
-    tiles: Tiles
-    batch: int
-    length: int
-    alive: int
+
+class _FanIn(NamedTuple):
+    """Sums over the weights of neurons; a warp takes one."""
+
     k: int
-    lines: Lines
+    slots: int
+    cursors: bool = False
 
-    @property
-    def row_tiles(self) -> int:
-        return -(-self.batch // self.tiles.rows)
-
-    @property
-    def neuron_tiles(self) -> int:
-        return -(-self.alive // self.tiles.neurons)
-
-    @property
-    def chunks(self) -> int:
-        """Parts of the inputs that are in shared memory one after the other."""
-        return -(-self.length // self.tiles.inputs)
-
-    @property
-    def stages(self) -> int:
-        return min(2, self.chunks)
-
-    @property
-    def share(self) -> int:
-        """Neurons of a warpgroup."""
-        return self.tiles.neurons // self.tiles.warpgroups
-
-    @property
-    def filled(self) -> int:
-        """Inputs of a chunk that a warpgroup copies."""
-        return self.tiles.inputs // self.tiles.warpgroups
-
-
-class _Refs(NamedTuple):
-    """References of the kernel."""
-
-    values: Any
-    indices: Any
-    x: Any
-    scales: Any
-    bias: Any
-    results: Any
-    tile: Any
-    sums: Any
-    cursors: Any
-    barrier: Any
-
-
-def _run(work: _Work, emit: Any, refs: _Refs) -> None:
-    """Copy chunks of inputs, add up over each while the next one comes, store."""
-
-    def synchronize() -> None:
-        plgpu.barrier_arrive(refs.barrier)
-        plgpu.barrier_wait(refs.barrier)
-
-    emit.start()
-    emit.fill(0)
-    synchronize()
-
-    def step(chunk: Any, _: None) -> None:
-        emit.add(chunk, fill=True)
-        synchronize()
-
-    lax.fori_loop(0, work.chunks - 1, step, None)
-    emit.add(work.chunks - 1, fill=False)
-    emit.store()
-
-
-class _Kernel:
-    """Where a warpgroup works."""
-
-    def __init__(self, work: _Work, refs: _Refs, activation: str | None):
-        self.work, self.refs, self.activation = work, refs, activation
-        self.warpgroup = lax.axis_index("warpgroup")
-        self.row = lax.axis_index("row_tile") * work.tiles.rows
-        first = lax.axis_index("neuron_tile") * work.tiles.neurons
-        self.neuron = first + self.warpgroup * work.share
-        self.own = pl.ds(self.warpgroup * work.share, work.share)
-        self.part = pl.ds(self.warpgroup * work.filled, work.filled)
-
-    def to_fill(self, chunk: Any) -> tuple[Any, Any]:
-        """Give this warpgroup's part of a chunk's tile, and its first input."""
-        stage = lax.rem(chunk, self.work.stages)
-        first = chunk * self.work.tiles.inputs + self.warpgroup * self.work.filled
-        return self.refs.tile.at[stage, self.part], first
-
-
-class _Interpreted(_Kernel):
-    """The same in plain JAX, on the same shared memory."""
-
-    def start(self) -> None:
-        self.refs.sums[self.own] = jnp.zeros(
-            (self.work.share, self.work.tiles.rows + 1), jnp.float32
-        )
-
-    def fill(self, chunk: Any) -> None:
-        tile, first = self.to_fill(chunk)
-        rows = pl.ds(self.row, self.work.tiles.rows)
-        tile[...] = self.refs.x[rows, pl.ds(first, self.work.filled)].T.astype(tile.dtype)
-
-    def add(self, chunk: Any, fill: bool) -> None:
-        if fill:
-            self.fill(chunk + 1)
-        tiles = self.work.tiles
-        own = pl.ds(self.neuron, self.work.share)
-        values = self.refs.values[own].astype(jnp.float32)
-        places = self.refs.indices[own].astype(jnp.int32) - chunk * tiles.inputs
-        here = (places >= 0) & (places < tiles.inputs)
-        tile = self.refs.tile[lax.rem(chunk, self.work.stages)].astype(jnp.float32)
+    def interpret(
+        self, work: Work, refs: list[Any], first: Any, start: Any, tile: Array
+    ) -> Array:
+        own = pl.ds(first, work.share)
+        values, indices = (ref[own] for ref in refs)
+        places = indices.astype(jnp.int32) - start
+        here = (places >= 0) & (places < work.inputs)
         lines = tile[jnp.where(here, places, 0)]
-        products = jnp.where(here[..., None], values[..., None] * lines, 0)
-        sums = self.refs.sums.at[self.own, pl.ds(0, tiles.rows)]
-        sums[...] += products.sum(1)
+        products = values.astype(jnp.float32)[..., None] * lines
+        return jnp.where(here[..., None], products, 0).sum(1)
 
-    def store(self) -> None:
-        refs, own = self.refs, pl.ds(self.neuron, self.work.share)
-        rows = pl.ds(self.row, self.work.tiles.rows)
-        total = refs.sums[self.own][:, : self.work.tiles.rows].T
-        refs.results[rows, own] = finish(
-            total,
-            None if refs.scales is None else refs.scales[own][:, 0],
-            None if refs.bias is None else refs.bias[own],
-            self.activation,
-            refs.results.dtype,
-        )
+    def adder(self, work: Work, refs: list[Any]) -> "_Adder":
+        return _Adder(work, self, *refs)
 
 
-class _Compiled(_Kernel):
-    """The code of single threads."""
+class _Adder(Adder):
+    """The code of a warp."""
 
-    def start(self) -> None:
-        """Set cursors to the first weights, and sums to zero."""
-        work, refs = self.work, self.refs
-        if work.chunks == 1:
-            return
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
-        def emit(_: Any, sums: Any, cursors: Any, neuron: Any) -> None:
-            sums, cursors, neuron = Memory(sums), Memory(cursors), Int.given(neuron)
-
-            @lanes.loop(lanes.thread(), work.share, WARPGROUP, [])
-            def _(i: Int) -> list[Any]:
-                cursors.store(i, [((neuron + i) * work.k).value])
-                return []
-
-            size = work.share * (work.tiles.rows + 1)
-
-            @lanes.loop(lanes.thread(), size, WARPGROUP, [])
-            def _(i: Int) -> list[Any]:
-                sums.store(i, [lanes.constant(0)])
-                return []
-
-        emit(refs.sums.at[self.own], refs.cursors.at[self.own], self.neuron)
-
-    def fill(self, chunk: Any) -> None:
-        tile, first = self.to_fill(jnp.int32(chunk))
-        work = self.work
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR, SCALAR)
-        )
-        def emit(_: Any, x: Any, tile: Any, row: Any, first: Any) -> None:
-            shape = work.batch, work.length
-            filler = Filler(work.lines, x, shape, Int.given(row), tile)
-            filler.run(Int.given(first), work.filled)
-
-        emit(self.refs.x, tile, self.row, first)
-
-    def add(self, chunk: Any, fill: bool) -> None:
-        work, refs = self.work, self.refs
-        chunk = jnp.int32(chunk)
-        stage = lax.rem(chunk, jnp.int32(work.stages))
-        target, first = self.to_fill(chunk + 1)
-        arguments = [
-            refs.values,
-            refs.indices,
-            refs.tile.at[stage],
-            refs.sums.at[self.own],
-            refs.cursors.at[self.own],
-            refs.x,
-            target,
-        ]
-        scalars = [self.neuron, chunk * work.tiles.inputs, self.row, first]
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),) * len(arguments) + (SCALAR,) * len(scalars)
-        )
-        def emit(_: Any, *given: Any) -> None:
-            values, indices, tile, sums, cursors, x, target, *integers = given
-            neuron, start, row, first = map(Int.given, integers)
-            adder = _Adder(work, values, indices, tile, sums, cursors, neuron, start)
-            if not fill:
-                adder.run(None, first)
-                return
-            shape = work.batch, work.length
-            adder.run(Filler(work.lines, x, shape, row, target), first)
-
-        emit(*arguments, *scalars)
-
-    def store(self) -> None:
-        work, refs = self.work, self.refs
-        given = [one for one in (refs.scales, refs.bias) if one is not None]
-        arguments = [refs.results, refs.sums.at[self.own], *given]
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),) * len(arguments) + (SCALAR, SCALAR)
-        )
-        def emit(_: Any, results: Any, sums: Any, *rest: Any) -> None:
-            *rest, neuron, row = rest
-            rest = [Memory(one) for one in rest]
-            scales = rest.pop(0) if refs.scales is not None else None
-            bias = rest.pop(0) if refs.bias is not None else None
-            neuron, row = Int.given(neuron), Int.given(row)
-            _store(work, Memory(results), Memory(sums), scales, bias, neuron, row,
-                   self.activation, refs.results.dtype)
-
-        emit(*arguments, self.neuron, self.row)
-
-
-class _Adder:
-    """Sums over the weights of neurons whose inputs are in a tile; a warp takes one."""
-
-    def __init__(
-        self,
-        work: _Work,
-        values: Any,
-        indices: Any,
-        tile: Any,
-        sums: Any,
-        cursors: Any,
-        neuron: Int,
-        start: Int,
-    ):
-        self.work = work
+    def __init__(self, work: Work, plan: _FanIn, values: Any, indices: Any):
+        super().__init__(work)
+        self.k, self.slots = plan.k, plan.slots
         self.values, self.indices = Memory(values), Memory(indices)
-        self.totals, self.cursors = Memory(sums), Memory(cursors)
-        self.sums = Sums(work.lines, tile)
-        self.neuron, self.start = neuron, start
-        self.window = work.tiles.slots * work.lines.groups
+        self.window = plan.slots * work.lines.groups
 
-    def run(self, filler: Filler | None, first: Int) -> None:
-        """Take all neurons of the warpgroup, and copy the next tile meanwhile."""
-        work = self.work
-        steps = -(-work.share // _WARPS)
-        units = 0 if filler is None else filler.units(work.filled)
+    def cursor(self, unit: Int) -> Int:
+        # A neuron behind the last one is taken for that; what is read is not used.
+        return (self.first + unit).at_most(self.work.outputs - 1) * self.k
 
-        @lanes.loop(0, steps, 1, [])
-        def _(i: Int) -> list[Any]:
-            unit = lanes.thread() + i * WARPGROUP
-            found = []
-            if filler is not None:
-                # Under way while a neuron's weights are added up.
-                found = filler.load(unit.at_most(units - 1), first)
-            mine = lanes.warp() + i * _WARPS
-            there = mine.below(work.share) & (self.neuron + mine).below(work.alive)
-            with lanes.when(there):
-                self._neuron(mine)
-            if filler is not None:
-                with lanes.when(unit.below(units)):
-                    filler.store(unit, found)
-            return []
+    def load(self, unit: Int) -> list[Any]:
+        return self._load(self._start(unit))
 
-        if filler is not None:
-            filler.run(first, work.filled, done=steps * WARPGROUP)
-
-    def _neuron(self, mine: Int) -> None:
-        work, slots = self.work, self.work.tiles.slots
-        begin = (self.neuron + mine) * work.k
-        end = begin + work.k
-        several = work.chunks > 1
-        start = begin
-        if several:
-            (start,) = self.cursors.load(mine)
-            start = Int(start)
+    def _start(self, unit: Int) -> Int:
+        """Give the weight at which a neuron's first window starts."""
+        if self.work.chunks > 1:
+            start = Int(*self.cursors.load(unit.at_most(self.work.share - 1)))
+        else:
+            start = self.cursor(unit)
         # Weights are loaded from multiples of `slots` on: rows may start in between.
-        start = start & -slots
-        mine_in_window = self.sums.group * slots
+        return start & -self.slots
 
-        def load(start: Int) -> list[Any]:
-            last = (work.alive * work.k - 1) // slots * slots
-            place = (start + mine_in_window).at_most(last)
-            return self.values.load(place, slots) + self.indices.load(place, slots)
+    def _load(self, start: Int) -> list[Any]:
+        """Load this thread's weights of a window, and their indices."""
+        last = (self.work.outputs * self.k - 1) // self.slots * self.slots
+        place = (start + self.sums.group * self.slots).at_most(last)
+        values = self.values.load(place, self.slots)
+        return values + self.indices.load(place, self.slots)
 
-        @lanes.repeat([start, *load(start), *self.sums.zeros()])
+    def add(self, unit: Int, window: list[Any]) -> None:
+        work, slots = self.work, self.slots
+        begin = (self.first + unit) * self.k
+        end = begin + self.k
+        several = work.chunks > 1
+
+        @lanes.repeat([self._start(unit), *window, *self.sums.zeros()])
         def found(start: Int, *carry: Any) -> tuple[Truth, list[Any]]:
             values = [lanes.to_float(one) for one in carry[:slots]]
             places = [
@@ -555,13 +311,12 @@ class _Adder:
             ]
             total = list(carry[2 * slots :])
             stop = start + self.window
-            following = load(stop)
-            first = start + mine_in_window
-            whole = (start >= begin) & (Int(end.value) >= stop)
+            following = self._load(stop)
+            first = start + self.sums.group * slots
+            whole = (start >= begin) & (end >= stop)
             if several:
-                strange = functools.reduce(
-                    Truth.__or__, (place >= work.tiles.inputs for place in places)
-                ) | functools.reduce(Truth.__or__, (place < 0 for place in places))
+                inside = [place.below(work.inputs) for place in places]
+                strange = functools.reduce(Truth.both, inside).no()
                 whole = whole & strange.any_in_warp().no()
             no = lanes.Int(0).equals(1)
 
@@ -574,11 +329,10 @@ class _Adder:
             def some_there() -> list[Any]:
                 sums, beyond = total, no
                 for i, (value, place) in enumerate(zip(values, places, strict=True)):
-                    valid = (first + i - begin).below(work.k)
+                    valid = (first + i - begin).below(self.k)
                     if several:
-                        beyond = beyond | (valid & (place >= work.tiles.inputs))
-                        valid = valid & place.below(work.tiles.inputs)
-                    place = valid.choose(place, 0)
+                        beyond = beyond | (valid & (place >= work.inputs))
+                        valid = valid & place.below(work.inputs)
                     value = valid.choose(value, lanes.constant(0))
                     line = self.sums.gather(place, valid)
                     sums = self.sums.add(sums, value, line)
@@ -591,43 +345,9 @@ class _Adder:
             return more, [start, *following, *total]
 
         cursor, *rest = found
-        first, row, total = self.sums.collect(rest[2 * slots :])
         if several:
-            self.cursors.store(mine, [cursor.value])
-        with lanes.when(first):
-            for i, one in enumerate(total):
-                place = mine * (work.tiles.rows + 1) + row + i
-                if several:
-                    (old,) = self.totals.load(place)
-                    one = lanes.add(old, one)
-                self.totals.store(place, [one])
-
-
-def _store(
-    work: _Work,
-    results: Memory,
-    sums: Memory,
-    scales: Memory | None,
-    bias: Memory | None,
-    neuron: Int,
-    row: Int,
-    activation: str | None,
-    dtype: Any,
-) -> None:
-    """Store the results of a warpgroup's neurons."""
-    lanes.warpgroup_barrier()
-
-    @lanes.loop(lanes.thread(), work.share * work.tiles.rows, WARPGROUP, [])
-    def _(i: Int) -> list[Any]:
-        mine, line = i % work.share, i // work.share
-        at, to = neuron + mine, row + line
-        with lanes.when(at.below(work.alive) & to.below(work.batch)):
-            (total,) = sums.load(mine * (work.tiles.rows + 1) + line)
-            factor = None if scales is None else lanes.to_float(*scales.load(at))
-            constant = None if bias is None else lanes.to_float(*bias.load(at))
-            result = lanes.finish(total, factor, constant, activation, dtype)
-            results.store(to * work.alive + at, [result])
-        return []
+            self.cursors.store(unit, [cursor.value])
+        self.keep(unit, rest[2 * slots :])
 
 
 def _check(
@@ -649,8 +369,3 @@ def _check(
             )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is none of {ACTIVATIONS}")
-
-
-def _pad(array: Array, rows: int, columns: int) -> Array:
-    missing = rows - array.shape[0], columns - array.shape[1]
-    return jnp.pad(array, tuple((0, count) for count in missing))

@@ -157,9 +157,7 @@ class Filler:
             if self.x.size != self.tile.size:
                 elements = [to_float(element) for element in elements]
             line = place * self.step + j
-            self.tile.store(
-                line * self.lines.rows + piece * self.lines.width, elements
-            )
+            self.tile.store(line * self.lines.rows + piece * self.lines.width, elements)
 
     def run(self, first: Int, inputs: int, done: int = 0) -> None:
         """Copy all units from `done` on, with the threads of a warpgroup.
@@ -190,33 +188,32 @@ class Sums:
           lines: how the tile is stored.
           tile: reference to the tile in shared memory.
         """
-        self.lines, self.tile = lines, Memory(tile)
+        self.lines = lines
         lane = thread() % WARP
         self.group, self.lane = lane // lines.lanes, lane % lines.lanes
-        self.places = [
-            (self.lane + (self.group % lines.turns ^ turn) * lines.lanes) * lines.width
-            for turn in range(lines.turns)
-        ]
+        self.pieces = []
+        for turn in range(lines.turns):
+            piece = self.lane + (self.group % lines.turns ^ turn) * lines.lanes
+            self.pieces.append(Memory(tile).shifted(piece * lines.width))
 
     def zeros(self) -> list[Any]:
         """Start."""
         return [constant(0)] * (self.lines.turns * self.lines.width)
 
     def gather(self, place: Int, valid: Truth | None = None) -> list[Any]:
-        """Load this thread's part of a line.
+        """Load this thread's part of a line, as float32.
 
         Args:
           place: the line.
-          valid: whether there is one; zeros if not. Then place is any line.
+          valid: whether there is one; zeros if not.
         """
-        start = place * self.lines.rows
+        start, width = place * self.lines.rows, self.lines.width
         found = []
-        for offset in self.places:
-            found += self.tile.load(start + offset, self.lines.width)
-        found = [to_float(element) for element in found]
-        if valid is not None:
-            # Not a product with zero: the line may have infinities.
-            found = [valid.choose(element, constant(0)) for element in found]
+        for piece in self.pieces:
+            if valid is None:
+                found += piece.load_floats(start, width)
+            else:
+                found += piece.load_floats_if(valid, start, width)
         return found
 
     def add(self, total: list[Any], value: Any, line: list[Any]) -> list[Any]:
@@ -230,26 +227,26 @@ class Sums:
           Whether this thread has rows that no other has, the first of them, and their
           sums.
         """
-        lines, distance = self.lines, self.lines.lanes
+        width, distance = self.lines.width, self.lines.lanes
+        # Groups have taken the pieces in different orders: each keeps some of them.
+        parts = [total[i : i + width] for i in range(0, len(total), width)]
         piece = self.lane
-        if lines.turns == 2:
-            # The odd groups have taken their pieces in the other order.
-            half = lines.width
-            total = [
-                add(total[i], exchange(total[half + i], distance))
-                for i in range(half)
+        while len(parts) > 1:
+            parts = [
+                [add(x, exchange(y, distance)) for x, y in zip(*two, strict=True)]
+                for two in zip(parts[::2], parts[1::2], strict=True)
             ]
-            piece = piece + (self.group & 1) * lines.lanes
+            piece = piece + (thread() & distance)
             distance *= 2
-        row = piece * lines.width
+        (total,) = parts
+        row = piece * width
         while distance < WARP and len(total) > 1:
             half = len(total) // 2
             upper = (thread() & distance).equals(distance)
             kept = [upper.choose(total[half + i], total[i]) for i in range(half)]
             sent = [upper.choose(total[i], total[half + i]) for i in range(half)]
             total = [
-                add(a, exchange(b, distance))
-                for a, b in zip(kept, sent, strict=True)
+                add(a, exchange(b, distance)) for a, b in zip(kept, sent, strict=True)
             ]
             row = row + upper.choose(Int(half), Int(0))
             distance *= 2

@@ -5,9 +5,10 @@ as a gather in which every thread has an address of its own, is written here thr
 thread, inside `plgpu.inline_mgpu`: integers of a thread with Python's operators, loads
 and stores of vectors, loops, and exchanges within a warp.
 
-Nothing here can be interpreted: kernels take an equal computation in plain JAX for that.
+Nothing here can be interpreted: kernels take an equal computation in plain JAX then.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from jax.experimental.mosaic.gpu import utils
 
 # The dialects that kernels are written in; jax.extend has none of them.
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
 from jaxlib.mlir.dialects import math as functions
 
 WARP, WARPGROUP = 32, 128
@@ -28,10 +29,24 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 """Type of an integer argument of `plgpu.inline_mgpu`; `Int.given` takes it."""
 
 
+def _binary(build: Callable[..., Any]) -> Callable[["Int", "Int | int"], "Int"]:
+    return lambda a, b: Int(build(a.value, _int(b).value))
+
+
+def _comparison(name: str) -> Callable[["Int", "Int | int"], "Truth"]:
+    predicate = arith.CmpIPredicate[name]
+    return lambda a, b: Truth(arith.cmpi(predicate, a.value, _int(b).value))
+
+
 class Int:
-    """A 32-bit integer of each thread."""
+    """A 32-bit integer of each thread.
+
+    Quotients, remainders and shifts are those of unsigned integers, ``<`` and ``>=``
+    compare signed ones, and `below` is 0 <= self < other in one instruction.
+    """
 
     def __init__(self, value: Any):
+        """Take a value, or a constant."""
         i32 = ir.IntegerType.get_signless(32)
         if isinstance(value, int):
             value = arith.constant(i32, value)
@@ -44,76 +59,39 @@ class Int:
         (value,) = argument.registers.flat
         return cls(value)
 
-    def _with(self, build: Callable[..., Any], other: "Int | int") -> "Int":
-        return Int(build(self.value, _int(other).value))
-
-    def __add__(self, other: "Int | int") -> "Int":
-        return self._with(arith.addi, other)
-
-    def __sub__(self, other: "Int | int") -> "Int":
-        return self._with(arith.subi, other)
-
-    def __mul__(self, other: "Int | int") -> "Int":
-        return self._with(arith.muli, other)
-
-    def __floordiv__(self, other: "Int | int") -> "Int":
-        return self._with(arith.divui, other)
-
-    def __mod__(self, other: "Int | int") -> "Int":
-        return self._with(arith.remui, other)
-
-    def __and__(self, other: "Int | int") -> "Int":
-        return self._with(arith.andi, other)
-
-    def __or__(self, other: "Int | int") -> "Int":
-        return self._with(arith.ori, other)
-
-    def __xor__(self, other: "Int | int") -> "Int":
-        return self._with(arith.xori, other)
-
-    def __lshift__(self, other: "Int | int") -> "Int":
-        return self._with(arith.shli, other)
-
-    def __rshift__(self, other: "Int | int") -> "Int":
-        return self._with(arith.shrui, other)
-
-    def __lt__(self, other: "Int | int") -> "Truth":
-        return self._compare(arith.CmpIPredicate.slt, other)
-
-    def __ge__(self, other: "Int | int") -> "Truth":
-        return self._compare(arith.CmpIPredicate.sge, other)
-
-    def equals(self, other: "Int | int") -> "Truth":
-        """Compare."""
-        return self._compare(arith.CmpIPredicate.eq, other)
-
-    def below(self, other: "Int | int") -> "Truth":
-        """Compare as unsigned integers: 0 <= self < other in one instruction."""
-        return self._compare(arith.CmpIPredicate.ult, other)
-
-    def at_most(self, other: "Int | int") -> "Int":
-        """Take the smaller one."""
-        return self._with(arith.minsi, other)
-
-    def at_least(self, other: "Int | int") -> "Int":
-        """Take the larger one."""
-        return self._with(arith.maxsi, other)
-
-    def _compare(self, predicate: Any, other: "Int | int") -> "Truth":
-        return Truth(arith.cmpi(predicate, self.value, _int(other).value))
+    __add__ = _binary(arith.addi)
+    __sub__ = _binary(arith.subi)
+    __mul__ = _binary(arith.muli)
+    __floordiv__ = _binary(arith.divui)
+    __mod__ = _binary(arith.remui)
+    __and__ = _binary(arith.andi)
+    __or__ = _binary(arith.ori)
+    __xor__ = _binary(arith.xori)
+    __lshift__ = _binary(arith.shli)
+    __rshift__ = _binary(arith.shrui)
+    at_most = _binary(arith.minsi)
+    __lt__ = _comparison("slt")
+    __ge__ = _comparison("sge")
+    below = _comparison("ult")
+    equals = _comparison("eq")
 
 
 class Truth:
     """A truth value of each thread."""
 
     def __init__(self, value: Any):
+        """Take a value."""
         self.value = value
 
-    def __and__(self, other: "Truth") -> "Truth":
+    def both(self, other: "Truth") -> "Truth":
+        """Tell whether both hold."""
         return Truth(arith.andi(self.value, other.value))
 
-    def __or__(self, other: "Truth") -> "Truth":
+    def either(self, other: "Truth") -> "Truth":
+        """Tell whether one of two holds."""
         return Truth(arith.ori(self.value, other.value))
+
+    __and__, __or__ = both, either
 
     def no(self) -> "Truth":
         """Negate."""
@@ -134,14 +112,7 @@ class Truth:
             "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; "
             "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
         )
-        word = llvm.inline_asm(
-            i32,
-            [arith.extui(i32, self.value)],
-            text,
-            "=r,r",
-            asm_dialect=0,
-            has_side_effects=True,
-        )
+        word = _assembly(i32, [arith.extui(i32, self.value)], text, "=r,r", True)
         return Int(word).equals(1)
 
 
@@ -163,12 +134,29 @@ class Memory:
     """Elements of shared or global memory, counted from the start of a reference."""
 
     def __init__(self, ref: Any):
+        """Take a reference."""
         self.pointer = utils.memref_ptr(ref)
         self.dtype = ir.MemRefType(ref.type).element_type
         self.size = utils.bytewidth(self.dtype)
+        self.base = None
+        if utils.is_smem_ref(ref):
+            # An address in shared memory has 32 bits: less to compute.
+            i32 = ir.IntegerType.get_signless(32)
+            self.base = Int(llvm.ptrtoint(i32, self.pointer))
+
+    def shifted(self, index: Int) -> "Memory":
+        """Count from another element of shared memory on."""
+        assert self.base is not None
+        moved = copy.copy(self)
+        moved.base = self.base + index * self.size
+        return moved
 
     def at(self, index: Int | int) -> Any:
         """Give the address of an element."""
+        if self.base is not None:
+            address = (self.base + _int(index) * self.size).value
+            i64 = ir.IntegerType.get_signless(64)
+            return llvm.inttoptr(self.pointer.type, arith.extui(i64, address))
         storage = ir.IntegerType.get_signless(8 * self.size)
         return utils.getelementptr(self.pointer, [_int(index).value], storage)
 
@@ -178,24 +166,76 @@ class Memory:
         Returns:
           The elements, floats in their dtype and integers with their bits.
         """
-        storage = ir.IntegerType.get_signless(8 * self.size)
-        if count == 1:
-            found = [llvm.load(storage, self.at(index), alignment=self.size)]
+        return self._elements(self._load(index, count), count)
+
+    def load_floats(self, index: Int, count: int) -> list[Any]:
+        """Load neighbours with one instruction, as float32."""
+        return self._floats(self._load(index, count), count)
+
+    def _load(self, index: Int | int, count: int) -> Any:
+        """Load an integer of less than 32 bits, or a vector of words."""
+        if count * self.size < 4:
+            kind = ir.IntegerType.get_signless(8 * count * self.size)
         else:
-            # As words: so that a load has 16 bytes for every dtype.
-            words = max(1, count * self.size // 4)
-            width = 8 * count * self.size // words
-            kind = word = ir.IntegerType.get_signless(width)
-            if words > 1:
-                kind = ir.VectorType.get((words,), word)
-            found = llvm.load(kind, self.at(index), alignment=count * self.size)
-            if words == 1:
-                found = vector.broadcast(ir.VectorType.get((1,), word), found)
-            found = vector.bitcast(ir.VectorType.get((count,), storage), found)
-            found = [_extract(found, i) for i in range(count)]
+            # As words: so that one load has up to 16 bytes for every dtype.
+            i32 = ir.IntegerType.get_signless(32)
+            kind = ir.VectorType.get((count * self.size // 4,), i32)
+        return llvm.load(kind, self.at(index), alignment=count * self.size)
+
+    def load_floats_if(self, valid: Truth, index: Int, count: int) -> list[Any]:
+        """Load neighbours from shared memory where it holds, zeros elsewhere.
+
+        Threads for which it does not hold take no time of the memory's.
+        """
+        assert self.base is not None and count * self.size % 4 == 0
+        words = count * self.size // 4
+        i32 = ir.IntegerType.get_signless(32)
+        names = [f"${i}" for i in range(words)]
+        one = f"{{{', '.join(names)}}}" if words > 1 else names[0]
+        vector_of = f".v{words}" if words > 1 else ""
+        zeros = " ".join(f"mov.b32 {name}, 0;" for name in names)
+        text = (
+            f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros} "
+            f"@p ld.shared{vector_of}.b32 {one}, [${words}]; }}"
+        )
+        address = (self.base + index * self.size).value
+        kinds = [i32] * words
+        found = _assembly(
+            llvm.StructType.get_literal(kinds) if words > 1 else i32,
+            [address, arith.extui(i32, valid.value)],
+            text,
+            ",".join(["=&r"] * words + ["r", "r"]),
+            True,
+        )
+        if words > 1:
+            found = [llvm.extractvalue(i32, found, [i]) for i in range(words)]
+        else:
+            found = [found]
+        kind = ir.VectorType.get((words,), i32)
+        return self._floats(vector.from_elements(kind, found), count)
+
+    def _floats(self, found: Any, count: int) -> list[Any]:
+        """Split what was loaded into float32s."""
+        if self.dtype != ir.BF16Type.get() or count == 1:
+            return [to_float(element) for element in self._elements(found, count)]
+        # A bfloat16 is the upper half of a float32: one operation each.
+        f32, floats = ir.F32Type.get(), []
+        for i in range(count // 2):
+            word = Int(_extract(found, i))
+            for half in (word << 16, word & -(1 << 16)):
+                floats.append(arith.bitcast(f32, half.value))
+        return floats
+
+    def _elements(self, found: Any, count: int) -> list[Any]:
+        """Split what was loaded, an integer or a vector of words."""
+        storage = ir.IntegerType.get_signless(8 * self.size)
+        if not isinstance(found.type, ir.VectorType):
+            found = vector.broadcast(ir.VectorType.get((1,), found.type), found)
+        found = vector.bitcast(ir.VectorType.get((count,), storage), found)
+        elements = [_extract(found, i) for i in range(count)]
         if isinstance(self.dtype, ir.IntegerType):
-            return found
-        return [arith.bitcast(self.dtype, one) for one in found]
+            return elements
+        return [arith.bitcast(self.dtype, element) for element in elements]
 
     def store(self, index: Int | int, elements: Sequence[Any]) -> None:
         """Store neighbours with one instruction; index a multiple of their number."""
@@ -216,6 +256,15 @@ class Memory:
 def _extract(elements: Any, i: int) -> Any:
     place = ir.DenseI64ArrayAttr.get([i])
     return vector.extract(elements, dynamic_position=[], static_position=place)
+
+
+def _assembly(
+    kind: Any, operands: list[Any], text: str, constraints: str, effects: bool = False
+) -> Any:
+    """Emit an instruction; one with effects stays where it is."""
+    return llvm.inline_asm(
+        kind, operands, text, constraints, asm_dialect=0, has_side_effects=effects
+    )
 
 
 def unsigned(element: Any) -> Int:
@@ -249,12 +298,12 @@ def to_float(element: Any) -> Any:
         # Float8 is converted in pairs, to float16, which has every float8.
         pair = arith.extui(i16, arith.bitcast(i8, element))
         text = f"cvt.rn.f16x2.{name}x2 $0, $1;"
-        halves = llvm.inline_asm(i32, [pair], text, "=r,h", asm_dialect=0)
+        halves = _assembly(i32, [pair], text, "=r,h")
         element = arith.bitcast(ir.F16Type.get(), arith.trunci(i16, halves))
     return arith.extf(f32, element)
 
 
-def constant(value: float) -> Any:
+def constant(value: int | float) -> Any:
     """Give a float32."""
     return arith.constant(ir.F32Type.get(), float(value))
 
@@ -298,10 +347,8 @@ def finish(
             inner = arith.mulf(constant(math.sqrt(8 / math.pi)), inner)
         # 1 / (1 + exp(-t)) by the instruction for powers of two.
         power = arith.mulf(inner, constant(-math.log2(math.e)))
-        f32 = ir.F32Type.get()
-        power = llvm.inline_asm(
-            f32, [power], "ex2.approx.f32 $0, $1;", "=f,f", asm_dialect=0
-        )
+        text = "ex2.approx.f32 $0, $1;"
+        power = _assembly(ir.F32Type.get(), [power], text, "=f,f")
         x = arith.divf(x, arith.addf(constant(1), power))
     kind = utils.dtype_to_ir_type(jnp.dtype(dtype))
     return x if kind == x.type else arith.truncf(kind, x)
@@ -317,8 +364,8 @@ def loop(
     """
 
     def run(body: Callable[..., Sequence[Any]]) -> list[Any]:
-        bounds = [_int(i).value for i in (start, stop, step)]
-        built = scf.ForOp(*bounds, _flatten(carry))
+        first, last, by = (_int(i).value for i in (start, stop, step))
+        built = scf.ForOp(first, last, by, _flatten(carry))
         with ir.InsertionPoint(built.body):
             inner = _restore(carry, built.inner_iter_args)
             scf.yield_(_flatten(body(Int(built.induction_variable), *inner)))
@@ -356,7 +403,8 @@ def choose(
 ) -> list[Any]:
     """Run one of two branches, which give values of the types of `like`."""
     built = scf.IfOp(truth.value, [v.type for v in _flatten(like)], has_else=True)
-    for block, branch in ((built.then_block, yes), (built.else_block, no)):
+    branches: list[Any] = [(built.then_block, yes), (built.else_block, no)]
+    for block, branch in branches:
         with ir.InsertionPoint(block):
             scf.yield_(_flatten(branch()))
     return _restore(like, built.results)

@@ -1,0 +1,474 @@
+"""Products that gather inputs: what goes through shared memory when.
+
+A thread block computes some outputs for a tile of rows of x. The inputs of these rows
+are cut into chunks. One chunk lies in shared memory while its warpgroups add up what
+the weights make of it, and while they copy the next one beside it, a piece before each
+output and stored after it. Every warpgroup copies a part of each chunk and has outputs
+of its own, so that one barrier a chunk is all that they wait for.
+
+How outputs are added up is up to a `Plan`: `fan_in` and `narrow` have one each.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from nmjax.kernels.gpu import lanes
+from nmjax.kernels.gpu.finishing import finish
+from nmjax.kernels.gpu.gathers import Filler, Lines, Sums
+from nmjax.kernels.gpu.lanes import SCALAR, WARPGROUP, Int, Memory
+
+SHARED = 200 * 1024
+"""Bytes of shared memory that chunks take at most; the rest is for sums."""
+
+WARPS = WARPGROUP // lanes.WARP
+"""Warps of a warpgroup."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Sizes of a product and of its tiles.
+
+    Attributes:
+      batch: rows of x.
+      length: inputs.
+      outputs: outputs.
+      lines: how a tile of x is stored.
+      tile: outputs of a thread block.
+      inputs: inputs of a chunk.
+      warpgroups: warpgroups of a thread block.
+      unit: outputs that a warp takes at a time.
+    """
+
+    batch: int
+    length: int
+    outputs: int
+    lines: Lines
+    tile: int
+    inputs: int
+    warpgroups: int
+    unit: int = 1
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of rows."""
+        return -(-self.batch // self.lines.rows)
+
+    @property
+    def output_tiles(self) -> int:
+        """Tiles of outputs."""
+        return -(-self.outputs // self.tile)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the inputs."""
+        return -(-self.length // self.inputs)
+
+    @property
+    def stages(self) -> int:
+        """Chunks that are in shared memory at once."""
+        return min(2, self.chunks)
+
+    @property
+    def share(self) -> int:
+        """Outputs of a warpgroup."""
+        return self.tile // self.warpgroups
+
+    @property
+    def filled(self) -> int:
+        """Inputs of a chunk that a warpgroup copies."""
+        return self.inputs // self.warpgroups
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """How outputs are added up."""
+
+    @property
+    def cursors(self) -> bool:
+        """Whether `Adder` wants cursors also where there is one chunk only."""
+        ...
+
+    def interpret(
+        self, work: Work, refs: list[Any], first: Any, start: Any, tile: Array
+    ) -> Array:
+        """Add up over a chunk in plain JAX.
+
+        Args:
+          work: sizes.
+          refs: references to the weights.
+          first: the first output of the warpgroup.
+          start: the first input of the chunk.
+          tile: the chunk, float32 ``(inputs, rows)``.
+
+        Returns:
+          Sums of the warpgroup's outputs, ``(share, rows)``.
+        """
+        ...
+
+    def adder(self, work: Work, refs: list[Any]) -> "Adder":
+        """Make what emits the code of a warp."""
+        ...
+
+
+class Adder:
+    """Emits code that adds up the outputs of a warpgroup over a chunk."""
+
+    def __init__(self, work: Work):
+        """Take the sizes."""
+        self.work = work
+        self.first = self.start = Int(0)
+
+    def place(
+        self, tile: Any, totals: Any, cursors: Any, first: Int, start: Int
+    ) -> None:
+        """Say where the warpgroup and its chunk are, as `Plan.interpret` is told."""
+        self.sums = Sums(self.work.lines, tile)
+        self.totals, self.cursors = Memory(totals), Memory(cursors)
+        self.first, self.start = first, start
+
+    def cursor(self, unit: Int) -> Int:
+        """Give the first weight of a unit."""
+        raise NotImplementedError
+
+    def load(self, unit: Int) -> list[Any]:
+        """Load what is needed first for a unit, which may be behind the last one."""
+        raise NotImplementedError
+
+    def add(self, unit: Int, window: list[Any]) -> None:
+        """Add up a unit, given what was loaded for it; store it with `keep`."""
+        raise NotImplementedError
+
+    def keep(self, output: Int, total: list[Any]) -> None:
+        """Store the sums of one output of this warpgroup, spread over the warp."""
+        first, row, total = self.sums.collect(total)
+        with lanes.when(first):
+            for i, one in enumerate(total):
+                place = output * (self.work.lines.rows + 1) + row + i
+                if self.work.chunks > 1:
+                    (old,) = self.totals.load(place)
+                    one = lanes.add(old, one)
+                self.totals.store(place, [one])
+
+    def run(self, filler: Filler | None, first: Int) -> None:
+        """Take all units of the warpgroup, and copy the next chunk meanwhile.
+
+        Args:
+          filler: copies the next chunk, if there is one.
+          first: the first input of the warpgroup's part of it.
+        """
+        work = self.work
+        units = work.share // work.unit
+        steps = -(-units // WARPS)
+        pieces = 0 if filler is None else filler.units(work.filled)
+        warp = lanes.warp()
+
+        @lanes.loop(0, steps, 1, self.load(warp))
+        def _(i: Int, *window: Any) -> list[Any]:
+            piece = lanes.thread() + i * WARPGROUP
+            found = []
+            if filler is not None:
+                # Under way while a unit is added up.
+                found = filler.load(piece.at_most(pieces - 1), first)
+            unit = warp + i * WARPS
+            # So is what the next one needs.
+            following = self.load(unit + WARPS)
+            output = self.first + unit * work.unit
+            with lanes.when(unit.below(units) & output.below(work.outputs)):
+                self.add(unit, list(window))
+            if filler is not None:
+                with lanes.when(piece.below(pieces)):
+                    filler.store(piece, found)
+            return following
+
+        if filler is not None:
+            filler.run(first, work.filled, done=steps * WARPGROUP)
+
+
+def product(
+    work: Work,
+    plan: Plan,
+    weights: list[Array],
+    x: Array,
+    *,
+    scales: Array | None,
+    bias: Array | None,
+    activation: str | None,
+    out_dtype: Any,
+    interpret: Any,
+) -> Array:
+    """Run the kernel.
+
+    Args:
+      work: sizes.
+      plan: how outputs are added up.
+      weights: what the plan reads.
+      x: inputs, ``(batch, length)``.
+      scales: factors of the outputs, ``(outputs,)``.
+      bias: ``(outputs,)``.
+      activation: of `finishing.ACTIVATIONS`.
+      out_dtype: dtype of the results.
+      interpret: `plgpu.InterpretGPUParams` to run without a GPU.
+
+    Returns:
+      The product, ``(batch, outputs)``.
+    """
+    shape = work.batch, work.outputs
+    if interpret:
+        # On a GPU, threads leave out what is not there.
+        shape = work.row_tiles * work.lines.rows, work.output_tiles * work.tile
+        x = pad(x, shape[0], work.chunks * work.inputs)
+        scales, bias = (
+            None if one is None else pad(one, shape[1]) for one in (scales, bias)
+        )
+    given = [one for one in (scales, bias) if one is not None]
+
+    def kernel(x: Any, *refs: Any, **scratch: Any) -> None:
+        reading, rest = list(refs[: len(weights)]), list(refs[len(weights) :])
+        factors = rest.pop(0) if scales is not None else None
+        constants = rest.pop(0) if bias is not None else None
+        (results,) = rest
+        everything = _Refs(x, reading, factors, constants, results, **scratch)
+        kind = _Interpreted if interpret else _Compiled
+        _run(work, kind(work, plan, everything, activation), scratch["barrier"])
+
+    cursors = max(1, work.tile // work.unit)
+    results = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
+        grid=(work.row_tiles, work.output_tiles),
+        grid_names=("row_tile", "output_tile"),
+        num_threads=work.warpgroups,
+        thread_name="warpgroup",
+        scratch_types={
+            "tile": plgpu.SMEM(
+                (work.stages, work.inputs, work.lines.rows), work.lines.dtype
+            ),
+            "sums": plgpu.SMEM((work.tile, work.lines.rows + 1), jnp.float32),
+            "cursors": plgpu.SMEM((cursors,), jnp.int32),
+            "barrier": plgpu.Barrier(num_arrivals=work.warpgroups),
+        },
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+    )(x, *weights, *given)
+    return results[: work.batch, : work.outputs]
+
+
+def pad(array: Array, *shape: int) -> Array:
+    """Fill up with zeros behind the last elements.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import chunks
+      >>> chunks.pad(jnp.ones((1, 2)), 2, 3).tolist()
+      [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    widths = [(0, new - old) for old, new in zip(array.shape, shape, strict=True)]
+    return jnp.pad(array, widths)
+
+
+class _Refs(NamedTuple):
+    """References of the kernel."""
+
+    x: Any
+    weights: list[Any]
+    scales: Any
+    bias: Any
+    results: Any
+    tile: Any
+    sums: Any
+    cursors: Any
+    barrier: Any
+
+
+def _run(work: Work, kernel: Any, barrier: Any) -> None:
+    """Copy chunks of inputs, add up over each while the next one comes, store."""
+
+    def synchronize() -> None:
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+
+    kernel.begin()
+    kernel.fill(jnp.int32(0))
+    synchronize()
+
+    def step(chunk: Any, _: None) -> None:
+        kernel.add(chunk, fill=True)
+        synchronize()
+
+    last = work.chunks - 1
+    if last:
+        lax.fori_loop(0, last, step, None)
+    kernel.add(jnp.int32(last), fill=False)
+    kernel.store()
+
+
+class _Kernel:
+    """Where a warpgroup works."""
+
+    def __init__(self, work: Work, plan: Plan, refs: _Refs, activation: str | None):
+        self.work, self.plan, self.refs = work, plan, refs
+        self.activation = activation
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.row = lax.axis_index("row_tile") * work.lines.rows
+        tile = lax.axis_index("output_tile") * work.tile
+        self.first = tile + self.warpgroup * work.share
+        own = pl.ds(self.warpgroup * work.share, work.share)
+        self.sums = refs.sums.at[own]
+        units = work.share // work.unit
+        self.cursors = refs.cursors.at[pl.ds(self.warpgroup * units, units)]
+
+    def stage(self, chunk: Any) -> Any:
+        """Give a chunk's place in shared memory."""
+        return self.refs.tile.at[lax.rem(chunk, jnp.int32(self.work.stages))]
+
+    def to_fill(self, chunk: Any) -> tuple[Any, Any]:
+        """Give this warpgroup's part of a chunk, and its first input."""
+        start = self.warpgroup * self.work.filled
+        stage = lax.rem(chunk, jnp.int32(self.work.stages))
+        part = self.refs.tile.at[stage, pl.ds(start, self.work.filled)]
+        return part, chunk * self.work.inputs + start
+
+
+class _Interpreted(_Kernel):
+    """Plain JAX on the same shared memory."""
+
+    def begin(self) -> None:
+        self.sums[...] = jnp.zeros(self.sums.shape, jnp.float32)
+
+    def fill(self, chunk: Any) -> None:
+        part, first = self.to_fill(chunk)
+        rows = pl.ds(self.row, self.work.lines.rows)
+        found = self.refs.x[rows, pl.ds(first, self.work.filled)]
+        part[...] = found.T.astype(part.dtype)
+
+    def add(self, chunk: Any, fill: bool) -> None:
+        if fill:
+            self.fill(chunk + 1)
+        work = self.work
+        tile = self.stage(chunk)[...].astype(jnp.float32)
+        start = chunk * work.inputs
+        found = self.plan.interpret(work, self.refs.weights, self.first, start, tile)
+        self.sums[:, : work.lines.rows] += found
+
+    def store(self) -> None:
+        work, refs = self.work, self.refs
+        rows, own = pl.ds(self.row, work.lines.rows), pl.ds(self.first, work.share)
+        refs.results[rows, own] = finish(
+            self.sums[:, : work.lines.rows].T,
+            None if refs.scales is None else refs.scales[own],
+            None if refs.bias is None else refs.bias[own],
+            self.activation,
+            refs.results.dtype,
+        )
+
+
+class _Compiled(_Kernel):
+    """Code of single threads."""
+
+    def begin(self) -> None:
+        work = self.work
+        several = work.chunks > 1
+        if not (several or self.plan.cursors):
+            return
+
+        def emit(given: list[Any], first: Int) -> None:
+            *weights, sums, cursors = given
+            adder = self.plan.adder(work, weights)
+            adder.first = first
+
+            @lanes.loop(lanes.thread(), work.share // work.unit, WARPGROUP, [])
+            def _(unit: Int) -> list[Any]:
+                Memory(cursors).store(unit, [adder.cursor(unit).value])
+                return []
+
+            if several:
+                size = work.share * (work.lines.rows + 1)
+
+                @lanes.loop(lanes.thread(), size, WARPGROUP, [])
+                def _(i: Int) -> list[Any]:
+                    Memory(sums).store(i, [lanes.constant(0)])
+                    return []
+
+        _emit(emit, [*self.refs.weights, self.sums, self.cursors], self.first)
+
+    def fill(self, chunk: Any) -> None:
+        work = self.work
+        part, first = self.to_fill(chunk)
+
+        def emit(given: list[Any], row: Int, first: Int) -> None:
+            x, part = given
+            shape = work.batch, work.length
+            Filler(work.lines, x, shape, row, part).run(first, work.filled)
+
+        _emit(emit, [self.refs.x, part], self.row, first)
+
+    def add(self, chunk: Any, fill: bool) -> None:
+        work = self.work
+        part, part_first = self.to_fill(chunk + 1)
+
+        def emit(
+            given: list[Any], first: Int, start: Int, row: Int, part_first: Int
+        ) -> None:
+            *weights, x, tile, part, sums, cursors = given
+            adder = self.plan.adder(work, weights)
+            adder.place(tile, sums, cursors, first, start)
+            filler = None
+            if fill:
+                shape = work.batch, work.length
+                filler = Filler(work.lines, x, shape, row, part)
+            adder.run(filler, part_first)
+
+        refs = [self.refs.x, self.stage(chunk), part, self.sums, self.cursors]
+        start = chunk * work.inputs
+        _emit(
+            emit, [*self.refs.weights, *refs], self.first, start, self.row, part_first
+        )
+
+    def store(self) -> None:
+        work, refs = self.work, self.refs
+        given = [one for one in (refs.scales, refs.bias) if one is not None]
+
+        def emit(given: list[Any], first: Int, row: Int) -> None:
+            sums, *rest = map(Memory, given)
+            results = rest.pop()
+            scales = rest.pop(0) if refs.scales is not None else None
+            bias = rest.pop(0) if refs.bias is not None else None
+            lanes.warpgroup_barrier()
+
+            @lanes.loop(lanes.thread(), work.share * work.lines.rows, WARPGROUP, [])
+            def _(i: Int) -> list[Any]:
+                mine, line = i % work.share, i // work.share
+                output, to = first + mine, row + line
+                with lanes.when(output.below(work.outputs) & to.below(work.batch)):
+                    (total,) = sums.load(mine * (work.lines.rows + 1) + line)
+                    factor, constant = (
+                        None if one is None else lanes.to_float(*one.load(output))
+                        for one in (scales, bias)
+                    )
+                    result = lanes.finish(
+                        total, factor, constant, self.activation, refs.results.dtype
+                    )
+                    results.store(to * work.outputs + output, [result])
+                return []
+
+        _emit(emit, [self.sums, *given, refs.results], self.first, self.row)
+
+
+def _emit(build: Any, refs: list[Any], *integers: Any) -> None:
+    """Put ``build(refs, *integers)`` into the kernel, as code of single threads."""
+    kinds = (plgpu.RefType(),) * len(refs) + (SCALAR,) * len(integers)
+
+    @plgpu.inline_mgpu(arg_types=kinds)
+    def emit(_: Any, *given: Any) -> None:
+        build(list(given[: len(refs)]), *map(Int.given, given[len(refs) :]))
+
+    emit(*refs, *integers)
