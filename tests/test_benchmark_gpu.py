@@ -155,7 +155,7 @@ def session(load, tmp_path, monkeypatch):
     def make(tasks, **options):
         script.write_text(f"TASKS = {tasks!r}\n" + WORKER)
         settings = {"smoke": False, "minutes": 5.0, "out": tmp_path, "json": None}
-        settings |= {"resume": None, "skip_failed": False} | options
+        settings |= {"resume": None, "skip_failed": False, "again": []} | options
         log = tmp_path / "log"
 
         def start(name, patience):
@@ -196,15 +196,19 @@ def test_resumed_session_runs_failed_tasks_again(session, tmp_path):
     own.run(["s"])
     own.close()
     before = json.loads((tmp_path / "gpu_fake.json").read_text())
-    for options, again in (({}, 1), ({"skip_failed": True}, 0)):
+    for options, again in (
+        ({}, {"err"}),
+        ({"skip_failed": True}, set()),
+        ({"skip_failed": True, "again": ["s"]}, {"one", "err"}),
+    ):
         own = session(["one", "err"], resume=True, **options)
         own.run(["s"])
         own.close()
         found = json.loads((tmp_path / "gpu_fake.json").read_text())
         pids = {row["task"]: row["pid"] for row in found["rows"]}
         old = {row["task"]: row["pid"] for row in before["rows"]}
-        assert len(found["rows"]) == 2 and pids["one"] == old["one"]
-        assert (pids["err"] != old["err"]) == bool(again)
+        assert len(found["rows"]) == 2
+        assert {name for name in old if pids[name] != old[name]} == again
         before = found
     # Other kernels: nothing of the old ones is taken over.
     own = session(["one", "err"], resume=True)

@@ -118,6 +118,7 @@ class Session:
             (t["section"], t["task"]): t
             for t in earlier["tasks"]
             if self.is_current(t)
+            and t["section"] not in self.options.again
             and (t["status"] != "failed" or self.options.skip_failed)
         }
         self.found["tasks"] = list(done.values())
@@ -366,6 +367,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--skip-failed", action="store_true", help="with --resume: what failed, too"
     )
+    parser.add_argument(
+        "--again", nargs="+", default=[], metavar="SECTION",
+        help="with --resume: run these anew, say with other tiles",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9.0, help="end before (9)")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER",
@@ -377,8 +382,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--smoke", action="store_true", help="every code path, tiny, on a CPU"
     )
     options = parser.parse_args(argv)
-    sections = [s for given in options.sections for s in given.split(",") if s]
-    for section in sections:
+    sections, options.again = (
+        [section for given in lists for section in given.split(",") if section]
+        for lists in (options.sections, options.again)
+    )
+    for section in (*sections, *options.again):
         if section not in SECTIONS:
             parser.error(f"section {section!r} is none of {', '.join(SECTIONS)}")
     options.out.mkdir(parents=True, exist_ok=True)
