@@ -1,5 +1,7 @@
 """Settings that every test and docstring example runs under."""
 
+import importlib.util
+
 import jax
 import jaxtyping
 import pytest
@@ -27,3 +29,14 @@ settings.load_profile("nmjax")
 def unchecked(monkeypatch):
     """Switch type checks off, to see the errors that users without them see."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what compiles for GPUs where the compiler is not installed."""
+    plugins = importlib.util.find_spec("jax_plugins")
+    if plugins and importlib.util.find_spec("jax_plugins.xla_cuda13"):
+        return
+    reason = "compiling for GPUs needs `pip install 'nmjax[gpu-compile]'`"
+    for item in items:
+        if item.get_closest_marker("compiler"):
+            item.add_marker(pytest.mark.skip(reason=reason))

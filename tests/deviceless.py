@@ -4,20 +4,21 @@ XLA compiles for a described device as it does for a present one, up to the mach
 that `ptxas` makes. Needs the extra `gpu-compile`.
 """
 
-import importlib.util
+import concurrent.futures
+import functools
+import multiprocessing
+import os
 import pathlib
 import re
 from typing import NamedTuple
 
 import jax
 import pytest
+from jax import export
 from jax.experimental import topologies
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None
-    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="compiling for GPUs needs `pip install 'nmjax[gpu-compile]'`",
-)
+needs_compiler = pytest.mark.compiler
+"""Skips a test where the extra is not installed, see `conftest.py`."""
 
 _DESCRIPTION = """
 gpu_device_info {{
@@ -110,21 +111,59 @@ def compile_kernels(function, *args, target, folder, monkeypatch):
     args are arrays or their shapes and dtypes. A kernel that this process has compiled
     before is not compiled again, and missing here.
     """
-    if target != "sm90":
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    folder = pathlib.Path(folder)
+    if target == "sm90":
+        with monkeypatch.context() as patch:
+            for name, value in _settings(folder).items():
+                patch.setenv(name, value)
+            _compile(jax.jit(function), shapes, target)
+    else:
         # Which instructions Mosaic emits follows the device it finds, and here is none.
         from jax.experimental.mosaic.gpu import utils
 
-        monkeypatch.setattr(utils, "_infer_arch", lambda: (_FACTS[target]["major"], 0))
-    folder = pathlib.Path(folder)
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    sharding = jax.sharding.SingleDeviceSharding(devices(target).devices[0])
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
-    )
-    jax.jit(function).lower(*shapes).compile({"xla_gpu_autotune_level": "0"})
+        with monkeypatch.context() as patch:
+            version = _FACTS[target]["major"], 0
+            patch.setattr(utils, "_infer_arch", lambda: version)
+            allowed = export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+            program = export.export(
+                jax.jit(function), platforms=["cuda"], disabled_checks=[allowed]
+            )(*shapes)
+        serialized = bytes(program.serialize())
+        _process_for(target).submit(_compile_there, serialized, target, folder).result()
     return [
         Kernel(ptx.read_text(), ptx.with_suffix(".ptxas").read_text())
         for ptx in sorted(folder.glob("*.ptx"))
     ]
+
+
+def _settings(folder):
+    return {
+        "MOSAIC_GPU_DUMP_TO": str(folder),
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+    }
+
+
+def _compile(function, shapes, target):
+    sharding = jax.sharding.SingleDeviceSharding(devices(target).devices[0])
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes
+    )
+    function.lower(*placed).compile({"xla_gpu_autotune_level": "0"})
+
+
+@functools.cache
+def _process_for(target):
+    """Give a process of its own to a GPU: one process assembles for one kind only."""
+    del target
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, spawn)
+
+
+def _compile_there(serialized, target, folder):
+    """Compile a program in the process for its GPU."""
+    os.environ.update(_settings(folder))
+    program = export.deserialize(bytearray(serialized))
+    shapes, _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    _compile(jax.jit(program.call), shapes, target)
