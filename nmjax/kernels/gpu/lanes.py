@@ -313,6 +313,11 @@ def add(a: Any, b: Any) -> Any:
     return arith.addf(a, b)
 
 
+def multiply(a: Any, b: Any) -> Any:
+    """Multiply float32s."""
+    return arith.mulf(a, b)
+
+
 def multiply_add(a: Any, b: Any, c: Any) -> Any:
     """Compute a b + c in float32, rounded once."""
     return functions.fma(a, b, c)

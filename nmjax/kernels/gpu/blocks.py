@@ -1,0 +1,422 @@
+"""Products with weights in blocks on a GPU, without dense ones.
+
+Large blocks of 16 bits are multiplied by tensor cores. A thread block computes the
+outputs of one column of blocks, or a part of them, for a tile of rows. One warpgroup
+loads the blocks of the column, and of x the inputs that they stand at; one or two
+others multiply. Columns have as many steps as they have blocks; where there are none,
+zeros get the bias and the activation like all sums.
+
+All other blocks are multiplied as constant fan-in weights are, see `narrow`.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Num, UInt
+
+from nmjax.kernels.gpu import finishing, instructions, narrow
+from nmjax.kernels.gpu.finishing import ACTIVATIONS
+
+_GROUP = 64
+"""Rows that a warpgroup multiplies."""
+
+_SHARED = 224 * 1024
+"""Bytes of shared memory that a thread block takes at most."""
+
+
+def refusal(values: Any, x: Any) -> str:
+    """Say why no kernel serves a product; empty if one does.
+
+    Args:
+      values: blocks ``(blocks, inputs, outputs)``, an array or its shape and dtype.
+      x: inputs ``(batch, K)``.
+
+    Returns:
+      The reason, or an empty string.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import blocks
+      >>> w = jax.ShapeDtypeStruct((8, 1, 16), jnp.float32)
+      >>> blocks.refusal(w, jax.ShapeDtypeStruct((3, 4), jnp.int8))
+      'x are int8; the kernel takes float32, bfloat16, float16'
+    """
+    return narrow.refusal(values, x)
+
+
+def on_tensor_cores(values: Any, x: Any) -> bool:
+    """Tell whether tensor cores multiply these blocks.
+
+    Their instructions take 16 inputs of 16 bits at a time, and the memory engine as
+    many outputs; blocks of less than 512 weights take it longer to load than to
+    multiply them otherwise.
+
+    Args:
+      values: blocks ``(blocks, inputs, outputs)``, an array or its shape and dtype.
+      x: inputs ``(batch, K)``.
+
+    Returns:
+      Whether they do.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import blocks
+      >>> w = jax.ShapeDtypeStruct((8, 64, 64), jnp.bfloat16)
+      >>> blocks.on_tensor_cores(w, jax.ShapeDtypeStruct((3, 128), jnp.bfloat16))
+      True
+    """
+    _, inputs, outputs = values.shape
+    return (
+        values.dtype == x.dtype
+        and jnp.dtype(x.dtype).itemsize == 2
+        and inputs % 16 == 0
+        and outputs % 16 == 0
+        and inputs * outputs >= 512
+    )
+
+
+def multiply(
+    values: Num[Array, "blocks inputs outputs"],
+    rows: UInt[Array, " blocks"],
+    columns: UInt[Array, " blocks"],
+    x: Float[Array, "batch K"],
+    *,
+    dense_shape: tuple[int, ...],
+    scales: Float[Array, "blocks 1 1"] | None = None,
+    bias: Float[Array, " F"] | None = None,
+    activation: str | None = None,
+    out_dtype: Any = None,
+    interpret: Any = False,
+) -> Float[Array, "batch F"]:
+    r"""Multiply with the blocks of a matrix.
+
+    .. math:: y_b = \sigma\Big(\sum_n s_n \, x_{b, R_n} V_n + c\Big)
+
+    where R_n are the inputs of block n, and the sum is over the blocks of a column.
+    Sums are float32; bias and activation are applied to them before they are cast.
+
+    Args:
+      values: :math:`V`, the blocks, ``(blocks, inputs, outputs)``, float32, bfloat16,
+        float16, float8_e4m3fn, float8_e5m2 or int8.
+      rows: number of each block along the inputs, ``(blocks,)``.
+      columns: number of each block along the outputs, ``(blocks,)``; blocks are sorted
+        by column, then by row.
+      x: inputs, ``(batch, K)``, float32, bfloat16 or float16.
+      dense_shape: ``(K, F)``.
+      scales: :math:`s`, a factor of each block, ``(blocks, 1, 1)``.
+      bias: :math:`c`, ``(F,)``.
+      activation: :math:`\sigma`: None, ``"relu"``, ``"gelu"`` (approximated by tanh)
+        or ``"silu"``.
+      out_dtype: float32, bfloat16 or float16. Default: that of x.
+      interpret: `plgpu.InterpretGPUParams` to run without a GPU.
+
+    Returns:
+      The product.
+
+    Raises:
+      ValueError: the kernel does not serve this case, as `refusal` says, or shapes do
+        not fit.
+    """
+    if reason := refusal(values, x):
+        raise ValueError(f"the kernel does not serve this product: {reason}")
+    _check(values, x, dense_shape, bias, activation)
+    outputs = dense_shape[-1]
+    numbers = jnp.arange(outputs // values.shape[2] + 1, dtype=jnp.int32)
+    # Of small arrays: as many comparisons at once as there are.
+    starts = jnp.searchsorted(columns.astype(jnp.int32), numbers, method="compare_all")
+    settings = {
+        "bias": bias,
+        "activation": activation,
+        "out_dtype": jnp.dtype(x.dtype if out_dtype is None else out_dtype),
+        "interpret": interpret,
+    }
+    given = (values, rows.astype(jnp.int32), starts.astype(jnp.int32), x)
+    if scales is None and on_tensor_cores(values, x):
+        return _multiply(*given, outputs, tiles=choose(values, x), **settings)
+    return narrow.multiply(*given, outputs, scales=scales, **settings)
+
+
+class Tiles(NamedTuple):
+    """What a thread block computes on tensor cores, and how.
+
+    Attributes:
+      groups: warpgroups that multiply, 64 rows each.
+      inputs: inputs of a step, which divide those of a block.
+      outputs: outputs, which divide those of a block.
+      stages: steps that are in shared memory at once.
+    """
+
+    groups: int
+    inputs: int
+    outputs: int
+    stages: int
+
+
+def choose(values: Any, x: Any) -> Tiles:
+    """Choose tiles: as large steps as blocks allow, as many as there is room for.
+
+    Args:
+      values: blocks ``(blocks, inputs, outputs)``, an array or its shape and dtype.
+      x: inputs ``(batch, K)``.
+
+    Returns:
+      The tiles.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import blocks
+      >>> w = jax.ShapeDtypeStruct((8, 64, 64), jnp.bfloat16)
+      >>> blocks.choose(w, jax.ShapeDtypeStruct((256, 128), jnp.bfloat16))
+      Tiles(groups=2, inputs=64, outputs=64, stages=8)
+    """
+    _, inputs, outputs = values.shape
+    groups = 1 if x.shape[0] <= _GROUP else 2
+    part = next(size for size in range(128, 0, -16) if outputs % size == 0)
+    rows = _GROUP * groups
+    room = _SHARED - 4 * rows * part  # beside results of 32 bits
+    steps = [size for size in (128, 64, 32, 16) if inputs % size == 0]
+    stages = [room // (2 * step * (rows + part)) for step in steps]
+    step, most = next(
+        (one for one in zip(steps, stages, strict=True) if one[1] >= 4), (16, 4)
+    )
+    return Tiles(groups, step, part, min(16, most))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """The kernel for operands of certain shapes.
+
+    Attributes:
+      block: inputs and outputs of a block.
+      tiles: sizes.
+      activation: what is applied to the results.
+      biased: whether a bias follows x.
+    """
+
+    block: tuple[int, int]
+    tiles: Tiles
+    activation: str | None
+    biased: bool
+
+    def body(self, *refs: Any, **shared: Any) -> None:
+        """Run in every warpgroup."""
+        lax.cond(
+            lax.axis_index("group") == self.tiles.groups,
+            lambda: self.load(*refs[:4], **shared),
+            lambda: self.compute(refs[2], refs[4:], **shared),
+        )
+
+    def steps(self, starts: Any) -> tuple[Any, Any]:
+        """Give the first and the last step of this column."""
+        column = lax.div(lax.axis_index("part"), jnp.int32(self.parts))
+        a_block = self.block[0] // self.tiles.inputs
+        return starts[column] * a_block, starts[column + 1] * a_block
+
+    @property
+    def parts(self) -> int:
+        """Parts of the outputs of a block."""
+        return self.block[1] // self.tiles.outputs
+
+    def slot(self, step: Any) -> Any:
+        """Give the stage of a step."""
+        return lax.rem(step, jnp.int32(self.tiles.stages))
+
+    def load(
+        self,
+        values: Any,
+        rows: Any,
+        starts: Any,
+        x: Any,
+        *,
+        x_shared: Any,
+        values_shared: Any,
+        full: Any,
+        free: Any,
+        **_: Any,
+    ) -> None:
+        """Load what steps multiply, as soon as there is room for it."""
+        plgpu.set_max_registers(40, action="decrease")
+        tiles = self.tiles
+        first, last = self.steps(starts)
+        a_block = self.block[0] // tiles.inputs
+        part = lax.rem(lax.axis_index("part"), jnp.int32(self.parts)) * tiles.outputs
+        count = _GROUP * tiles.groups
+        own = pl.ds(lax.axis_index("row_tile") * count, count)
+
+        def load_step(step: Any, _: None) -> None:
+            slot = self.slot(step - first)
+
+            @pl.when(step - first >= tiles.stages)
+            def _wait() -> None:
+                plgpu.barrier_wait(free.at[slot])
+
+            block = lax.div(step, jnp.int32(a_block))
+            inside = lax.rem(step, jnp.int32(a_block)) * tiles.inputs
+            start = rows[block] * self.block[0] + inside
+            plgpu.copy_gmem_to_smem(
+                x.at[own, pl.ds(start, tiles.inputs)], x_shared.at[slot], full.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(
+                values.at[
+                    block, pl.ds(inside, tiles.inputs), pl.ds(part, tiles.outputs)
+                ],
+                values_shared.at[slot],
+                full.at[slot],
+            )
+
+        lax.fori_loop(first, last, load_step, None)
+
+    def compute(
+        self,
+        starts: Any,
+        refs: Any,
+        *,
+        x_shared: Any,
+        values_shared: Any,
+        out: Any,
+        full: Any,
+        free: Any,
+    ) -> None:
+        """Multiply, finish and store."""
+        plgpu.set_max_registers(232, action="increase")
+        tiles, group = self.tiles, lax.axis_index("group")
+        *bias, results = refs
+        first, last = self.steps(starts)
+        outputs = pl.ds(lax.axis_index("part") * tiles.outputs, tiles.outputs)
+        if bias:
+            # Loaded now, to be there when the sums are.
+            layout = plgpu.Layout.WGMMA.reduce(0)
+            bias = [instructions.load(bias[0].at[outputs], layout)]
+
+        def add_up(total: Any) -> Any:
+            def step(step: Any, _: None) -> None:
+                slot = self.slot(step - first)
+                plgpu.barrier_wait(full.at[slot])
+                own = x_shared.at[slot, pl.ds(group * _GROUP, _GROUP)]
+                plgpu.wgmma(total, own, values_shared.at[slot])
+                # The step before this one is done, and its stage free.
+                plgpu.wgmma_wait(1)
+
+                @pl.when(step > first)
+                def _free() -> None:
+                    plgpu.barrier_arrive(free.at[self.slot(step - first - 1)])
+
+            lax.fori_loop(first, last, step, None)
+            return total[...]
+
+        sums = plgpu.ACC((_GROUP, tiles.outputs), jnp.float32)
+        total = pl.run_scoped(add_up, sums)
+        wide = [
+            lax.broadcast_in_dim(one.astype(jnp.float32), total.shape, (1,))
+            for one in bias
+        ]
+        total = finishing.finish(
+            total, None, wide[0] if bias else None, self.activation, out.dtype
+        )
+        out[group] = total
+        plgpu.commit_smem()
+        row = (lax.axis_index("row_tile") * tiles.groups + group) * _GROUP
+        plgpu.copy_smem_to_gmem(out.at[group], results.at[pl.ds(row, _GROUP), outputs])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def scratch(self, dtype: Any, out_dtype: Any) -> dict[str, Any]:
+        """Give shared memory and barriers."""
+        tiles = self.tiles
+
+        def stored(*shape: int, dtype: Any, width: int) -> Any:
+            transforms = instructions.layout_in_memory(width, dtype)
+            return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+        count = _GROUP * tiles.groups
+        # The instruction wants both operands swizzled alike.
+        width = math.gcd(tiles.inputs, tiles.outputs, 64)
+        return {
+            "x_shared": stored(
+                tiles.stages, count, tiles.inputs, dtype=dtype, width=width
+            ),
+            "values_shared": stored(
+                tiles.stages, tiles.inputs, tiles.outputs, dtype=dtype, width=width
+            ),
+            "out": stored(
+                tiles.groups,
+                _GROUP,
+                tiles.outputs,
+                dtype=out_dtype,
+                width=tiles.outputs,
+            ),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+            "free": plgpu.Barrier(num_arrivals=tiles.groups, num_barriers=tiles.stages),
+        }
+
+
+def _multiply(
+    values: Array,
+    rows: Array,
+    starts: Array,
+    x: Array,
+    outputs: int,
+    *,
+    tiles: Tiles,
+    bias: Array | None,
+    activation: str | None,
+    out_dtype: Any,
+    interpret: Any,
+) -> Array:
+    """Run the kernel on tensor cores."""
+    batch = x.shape[0]
+    # The memory engine reads zeros where rows are missing and leaves out what it would
+    # write there, but a tile of eight rows is missing as a whole or, if it is the only
+    # one, in part. The interpreter reads nothing beyond an array.
+    count = _GROUP * tiles.groups
+    step = count if interpret else 8 if batch > 8 else batch
+    if missing := -batch % step:
+        x = jnp.pad(x, ((0, missing), (0, 0)))
+    kernel = _Kernel(values.shape[1:], tiles, activation, bias is not None)
+    results = plgpu.kernel(
+        kernel.body,
+        out_type=jax.ShapeDtypeStruct((x.shape[0], outputs), out_dtype),
+        scratch_types=kernel.scratch(x.dtype, out_dtype),
+        grid=(-(-batch // count), outputs // tiles.outputs),
+        grid_names=("row_tile", "part"),
+        num_threads=tiles.groups + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,  # exp by the instruction, to 2 ulp
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        interpret=interpret,
+    )(values, rows, starts, x, *([] if bias is None else [bias]))
+    return results[:batch]
+
+
+def _check(
+    values: Array,
+    x: Array,
+    dense_shape: tuple[int, ...],
+    bias: Array | None,
+    activation: str | None,
+) -> None:
+    _, inputs, outputs = values.shape
+    if len(dense_shape) != 2 or dense_shape[0] % inputs or dense_shape[1] % outputs:
+        raise ValueError(
+            f"dense_shape={dense_shape} is not a matrix of blocks of {inputs} inputs "
+            f"and {outputs} outputs"
+        )
+    if x.shape[1] != dense_shape[0]:
+        raise ValueError(
+            f"x has shape {x.shape}; for dense_shape={dense_shape} it must have "
+            f"{dense_shape[0]} inputs"
+        )
+    if bias is not None and bias.shape != dense_shape[1:]:
+        raise ValueError(
+            f"bias has shape {bias.shape}; for dense_shape={dense_shape} it must have "
+            f"{dense_shape[1:]}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is none of {ACTIVATIONS}")
