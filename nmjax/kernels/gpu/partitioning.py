@@ -17,8 +17,8 @@ from jaxtyping import Array, Num
 
 from nmjax.formats import Compressed, PreparedArray
 from nmjax.formats.prepared import MULTIPLE
-from nmjax.kernels.settings import Epilogue, result_dtype
 from nmjax.kernels.gpu import products
+from nmjax.kernels.settings import Epilogue, result_dtype
 
 
 def refusal(w: Compressed, exported: bool) -> str:
@@ -43,7 +43,7 @@ def refusal(w: Compressed, exported: bool) -> str:
 
 def multiply(
     x: Num[Array, "batch K"],
-    w: PreparedArray,
+    w: Compressed,
     bias: Num[Array, "F"] | None,
     epilogue: Epilogue,
 ) -> Num[Array, "batch F"]:
@@ -55,13 +55,15 @@ def multiply(
 
     Args:
       x: inputs.
-      w: a prepared array that `nmjax.kernels.gpu.products.refusal` has nothing against.
+      w: a prepared array that neither `refusal` nor that of
+        `nmjax.kernels.gpu.products` has anything against.
       bias: None, or of the result's dtype.
       epilogue: activation and dtype of the result.
 
     Returns:
       The product.
     """
+    assert isinstance(w, PreparedArray)
     features, half = w.values.shape
     outputs = w.dense_shape[-1]
     x = products.pad(x, 2 * half, axis=1)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Num
 
 from nmjax.formats import BlockArray, Compressed, FanInArray, PreparedArray
-from nmjax.kernels.settings import Epilogue, result_dtype
 from nmjax.kernels.gpu import blocks, fan_in, hopper, hopper_decode, hopper_weight_only
+from nmjax.kernels.settings import Epilogue, result_dtype
 
 FEW_ROWS = 64
 """Up to as many rows, the inputs are split among multiprocessors too."""
