@@ -4,6 +4,7 @@ XLA compiles for a described device as it does for a present one, up to the mach
 that `ptxas` makes. Needs the extra `gpu-compile`.
 """
 
+import atexit
 import concurrent.futures
 import functools
 import multiprocessing
@@ -158,7 +159,9 @@ def _process_for(target):
     """Give a process of its own to a GPU: one process assembles for one kind only."""
     del target
     spawn = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(1, spawn)
+    pool = concurrent.futures.ProcessPoolExecutor(1, spawn)
+    atexit.register(pool.shutdown)
+    return pool
 
 
 def _compile_there(serialized, target, folder):

@@ -2,9 +2,10 @@
 
 What a kernel says in words of its own, inside `plgpu.inline_mgpu`, Pallas' interpreter
 cannot run. Here is a machine for the assembly that it is compiled to: plain arithmetic,
-global and shared memory, barriers, and exchanges within a warp. No memory engine and no
-matrix instructions. Memory is checked: every access is aligned and inside its array,
-reads may go on to the end of the last 16 bytes.
+global and shared memory, barriers, exchanges within a warp, and the matrix instructions
+of a warp. No memory engine and nothing that a warpgroup multiplies. Memory is checked:
+every access is aligned and inside its array, reads may go on to the end of the last 16
+bytes.
 """
 
 import functools
@@ -21,7 +22,7 @@ _MASK = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF, 8: 0xFFFFFFFFFFFFFFFF}
 _POISON = 0xFF  # bytes that nobody has written: NaNs
 
 
-def run(ptx, arrays, shape, dtype, grid, threads):
+def run(ptx, arrays, shape, dtype, grid, threads, result=None, early=False):
     """Run a kernel with one result.
 
     Args:
@@ -31,6 +32,8 @@ def run(ptx, arrays, shape, dtype, grid, threads):
       dtype: dtype of its result.
       grid: number of thread blocks along x, y and z.
       threads: threads of a block.
+      result: place of the result among the operands. Default: behind all arrays.
+      early: do asynchronous copies at once; else, as late as they are waited for.
 
     Returns:
       NumPy array of the result; NaN where nothing was stored.
@@ -38,11 +41,12 @@ def run(ptx, arrays, shape, dtype, grid, threads):
     memory = _Memory()
     places = [memory.add(np.ascontiguousarray(a).tobytes(), False) for a in arrays]
     size = math.prod(shape) * jnp.dtype(dtype).itemsize
-    places.append(memory.add(bytes([_POISON] * size), True))
+    result = len(places) if result is None else result
+    places.insert(result, memory.add(bytes([_POISON] * size), True))
     code = _translate(ptx)
     for block in itertools.product(*map(range, reversed(grid))):
-        _run_block(code, memory, places, block[::-1], threads)
-    data, *_ = memory.spaces[places[-1] >> 32]
+        _run_block(code, memory, places, block[::-1], threads, early)
+    data, *_ = memory.spaces[places[result] >> 32]
     return np.frombuffer(bytes(data[:size]), jnp.dtype(dtype)).reshape(shape)
 
 
@@ -75,11 +79,14 @@ class _Memory:
         data[at : at + size] = value.to_bytes(size, "little")
 
 
-def _run_block(code, memory, places, block, threads):
+def _run_block(code, memory, places, block, threads, early):
     memory.clear_shared()
     barriers, waiting = {}, {}
     load, store = memory.load, memory.store
-    running = {i: code(i, block, places, load, store, barriers) for i in range(threads)}
+    running = {
+        i: code(i, block, places, load, store, barriers, _Copies(load, store, early))
+        for i in range(threads)
+    }
     ready = {i: None for i in running}
     while ready or waiting:
         assert ready, f"all threads wait: {set(map(str, waiting.values()))}"
@@ -123,10 +130,59 @@ def _exchange(requests, lane):
         return requests[lane ^ requests[lane][2]][1]
     if name == "idx":
         return requests[requests[lane][2]][1]
+    if name == "all":
+        return [requests[i][1] for i in range(WARP)]
+    if name == "multiply":
+        if "product" not in requests:
+            requests["product"] = _multiply_sparse(requests)
+        return requests["product"][lane]
     if name == "any":
         return any(request[1] for request in requests.values())
     assert name == "elect", name
     return lane == 0
+
+
+def _multiply_sparse(requests):
+    """Multiply a 2:4 matrix of 16 rows with 8 columns, given and taken by the lanes.
+
+    The manual calls it mma.sp.m16n8k32, or m16n8k64 where values have 8 bits.
+    """
+    lanes = np.arange(WARP)
+    _, _, _, _, _, kind, selector = requests[0]
+    a, b, sums, words = (
+        np.array([requests[lane][i] for lane in lanes], np.uint32) for i in range(1, 5)
+    )
+    values = {"bf16": jnp.bfloat16, "f16": np.float16, "s8": np.int8}[kind]
+    size = np.dtype(values).itemsize
+    per, depth = 4 // size, 64 // size  # values of a register; inputs
+    a, b = (x.view(values).astype(np.float64).reshape(WARP, 4, per) for x in (a, b))
+    sums = sums.view(np.int32 if kind == "s8" else np.float32)
+    quad, of_quad = lanes // 4, lanes % 4
+    kept, inputs = np.zeros((16, depth // 2)), np.zeros((depth, 8))
+    codes = np.zeros((16, depth // 4), np.uint32)
+    out = [(quad + 8 * (i // 2), 2 * of_quad + i % 2) for i in range(4)]
+    for i in range(4):
+        for e in range(per):
+            column = per * of_quad + e
+            kept[quad + 8 * (i % 2), column + 4 * per * (i // 2)] = a[:, i, e]
+            inputs[column + 4 * per * i, quad] = b[:, i, e]
+    for i in range(8):
+        code = words >> 4 * i & 15
+        if size == 1:
+            codes[quad + 8 * (of_quad % 2), 8 * (of_quad // 2) + i] = code
+        else:
+            some = of_quad // 2 == selector
+            place = quad + 8 * (i // 4), 4 * (of_quad % 2) + i % 4
+            codes[place[0][some], place[1][some]] = code[some]
+    dense = np.zeros((16, depth))
+    for i in range(2):
+        assert i == 0 or (codes & 3 < codes >> 2).all(), "positions must ascend"
+        place = 4 * np.arange(depth // 4) + (codes >> 2 * i & 3)
+        np.put_along_axis(dense, place.astype(int), kept[:, i::2], axis=1)
+    product = dense @ inputs
+    found = [sums[:, i] + product[place] for i, place in enumerate(out)]
+    found = np.stack(found, axis=1).astype(sums.dtype)
+    return found.view(np.uint32).tolist()
 
 
 # Numbers are kept as their bits.
@@ -183,6 +239,31 @@ def _power(a):
     return math.inf if a > 128 else 2.0**a
 
 
+class _Copies:
+    """Asynchronous copies of one thread, in groups."""
+
+    def __init__(self, load, store, early):
+        self.load, self.store, self.early = load, store, early
+        self.groups = [[]]
+
+    def start(self, target, source, size):
+        self.groups[-1].append((target, source, size))
+        if self.early:
+            self.finish(self.groups)
+
+    def commit(self):
+        self.groups.append([])
+
+    def wait(self, count):
+        self.finish(self.groups[: len(self.groups) - 1 - count])
+
+    def finish(self, groups):
+        for group in groups:
+            for target, source, size in group:
+                self.store(target, size, self.load(source, size))
+            group.clear()
+
+
 class _Barrier:
     def __init__(self, count):
         self.count = self.left = count
@@ -229,7 +310,7 @@ def _translate(ptx):
             blocks[-1][1].append(statement)
     labels = {label: i for i, (label, _) in enumerate(blocks)}
     lines = [
-        "def code(tid, block, places, load, store, barriers):",
+        "def code(tid, block, places, load, store, barriers, copies):",
         "  at = 0",
         "  while True:",
     ]
@@ -365,6 +446,35 @@ def _lines(name, arguments, values, labels, parameters, place):
     if head == "elect":
         target = arguments[0].split("|")[1]
         return [f"{_operand(target, parameters)} = yield ('warp', '{place}', 'elect')"]
+    if name.startswith("cp.async."):
+        if parts[2] == "commit_group":
+            return ["copies.commit()"]
+        if parts[2] == "wait_group":
+            return [f"copies.wait({values[0]})"]
+        target, source, count = (
+            _address(a, parameters) if a[0] == "[" else a for a in values
+        )
+        return [f"copies.start({target} & 0xFFFFFFFF, {source}, {count})"]
+    if head == "ldmatrix":
+        assert parts[3] == "m8n8" and kind == "b16" and "trans" not in parts, name
+        targets = [_operand(t, parameters) for t in arguments[0].strip("{}").split(",")]
+        address = _address(values[1], parameters)
+        return [f"rows = {request}, 'all', {address} & 0xFFFFFFFF)"] + [
+            f"{t} = load(rows[{8 * i} + tid % 32 // 4] + 4 * (tid % 4), 4)"
+            for i, t in enumerate(targets)
+        ]
+    if head == "mma":
+        assert parts[1] == "sp::ordered_metadata" and parts[5:7] == ["row", "col"]
+        *groups, word, selector = values
+        target, *operands = (
+            [_operand(v, parameters) for v in group.strip("{}").split(",")]
+            for group in groups
+        )
+        given = ", ".join(f"({', '.join(operand)})" for operand in operands)
+        return [
+            f"{', '.join(target)} = {request}, 'multiply', {given}, {word}, "
+            f"{parts[8]!r}, {selector})"
+        ]
     if head == "ld":
         targets = arguments[0].strip("{}").split(",")
         targets = [_operand(t, parameters) for t in targets]

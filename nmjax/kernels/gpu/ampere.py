@@ -1,6 +1,7 @@
 """2:4 products on Ampere and Ada: warp-level sparse instructions, experimental.
 
-Compiled for the A100 and interpreted on a CPU, never run on hardware.
+Compiled for the A100, and the assembly run by a machine written for the tests; never run
+on hardware.
 """
 
 import functools
