@@ -1,7 +1,7 @@
 """2:4 products on Ampere and Ada: warp-level sparse instructions, experimental.
 
-Compiled for the A100, and the assembly run by a machine written for the tests; never run
-on hardware.
+Never run on hardware: it is compiled for the A100, and the tests run its assembly on a
+machine in Python.
 """
 
 import functools
