@@ -15,7 +15,7 @@ import ptx
 import pytest
 from deviceless import compile_kernels, needs_compiler
 
-from nmjax.kernels.gpu import fan_in
+from nmjax.kernels.gpu import fan_in, tiling
 from nmjax.kernels.gpu.fan_in import Tiles
 
 interpreted = pytest.mark.skipif(
@@ -222,7 +222,7 @@ def test_chosen_tiles_fit(batch, length, alive, k, dtype):
 
 def test_wide_layers_fill_all_multiprocessors():
     tiles = fan_in.choose(1, 4096, 4096, 409, "float32", "float32", "uint16")
-    assert 4096 / tiles.neurons >= 0.9 * fan_in.PROCESSORS
+    assert 4096 / tiles.neurons >= 0.9 * tiling.PROCESSORS
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,9 @@ def multiply(
     }
     given = (values, rows.astype(jnp.int32), starts.astype(jnp.int32), x)
     if scales is None and on_tensor_cores(values, x):
-        return _multiply(*given, outputs, tiles=choose(values, x), **settings)
+        return multiply_on_tensor_cores(
+            *given, outputs, tiles=choose(values, x), **settings
+        )
     return narrow.multiply(*given, outputs, scales=scales, **settings)
 
 
@@ -310,7 +312,7 @@ class _Kernel:
             lax.fori_loop(first, last, step, None)
             return total[...]
 
-        sums = plgpu.ACC((_GROUP, tiles.outputs), jnp.float32)
+        sums = plgpu.WGMMAAccumulatorRef((_GROUP, tiles.outputs), jnp.float32)
         total = pl.run_scoped(add_up, sums)
         wide = [
             lax.broadcast_in_dim(one.astype(jnp.float32), total.shape, (1,))
@@ -355,7 +357,7 @@ class _Kernel:
         }
 
 
-def _multiply(
+def multiply_on_tensor_cores(
     values: Array,
     rows: Array,
     starts: Array,
@@ -377,7 +379,8 @@ def _multiply(
     step = count if interpret else 8 if batch > 8 else batch
     if missing := -batch % step:
         x = jnp.pad(x, ((0, missing), (0, 0)))
-    kernel = _Kernel(values.shape[1:], tiles, activation, bias is not None)
+    _, inside, across = values.shape
+    kernel = _Kernel((inside, across), tiles, activation, bias is not None)
     results = plgpu.kernel(
         kernel.body,
         out_type=jax.ShapeDtypeStruct((x.shape[0], outputs), out_dtype),

@@ -24,8 +24,11 @@ from nmjax.kernels.gpu.finishing import finish
 from nmjax.kernels.gpu.gathers import Filler, Lines, Sums
 from nmjax.kernels.gpu.lanes import SCALAR, WARPGROUP, Int, Memory
 
-SHARED = 200 * 1024
-"""Bytes of shared memory that chunks take at most; the rest is for sums."""
+SHARED = 224 * 1024
+"""Bytes of shared memory that a thread block takes at most."""
+
+L2 = 24
+"""Bytes that a multiprocessor of Hopper gets from L2 in a clock, if all ask."""
 
 WARPS = WARPGROUP // lanes.WARP
 """Warps of a warpgroup."""
@@ -84,6 +87,34 @@ class Work:
     def filled(self) -> int:
         """Inputs of a chunk that a warpgroup copies."""
         return self.inputs // self.warpgroups
+
+
+def chunk(lines: Lines, length: int, outputs: int) -> int:
+    """Give the inputs of a chunk: all, or so many that two have room.
+
+    Args:
+      lines: how a tile of x is stored.
+      length: inputs.
+      outputs: outputs of a thread block, whose sums are in shared memory too.
+
+    Returns:
+      A multiple of 32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nmjax.kernels.gpu import chunks
+      >>> from nmjax.kernels.gpu.gathers import Lines
+      >>> chunks.chunk(Lines(8, jnp.dtype("float32")), 3072, 48)
+      3072
+      >>> chunks.chunk(Lines(32, jnp.dtype("float32")), 3072, 48)
+      768
+    """
+    room = SHARED - 4 * outputs * (lines.rows + 2)
+    whole = -(-length // 32) * 32
+    if whole * lines.bytes <= room:
+        return whole
+    most = room // (2 * lines.bytes) // 32 * 32
+    return -(-length // -(-length // most) // 32) * 32
 
 
 @runtime_checkable

@@ -9,16 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, UInt
 
 from nmjax.kernels.gpu import chunks, lanes
-from nmjax.kernels.gpu.chunks import SHARED, WARPS, Adder, Work
+from nmjax.kernels.gpu.chunks import L2, WARPS, Adder, Work
 from nmjax.kernels.gpu.finishing import ACTIVATIONS
 from nmjax.kernels.gpu.gathers import CONFLICTS, LINE, Lines
 from nmjax.kernels.gpu.lanes import Int, Memory, Truth
-
-PROCESSORS = 132
-"""Streaming multiprocessors of a Hopper GPU."""
-
-_L2 = 24
-"""Bytes that each of them gets from L2 in a clock, if all ask."""
+from nmjax.kernels.gpu.tiling import PROCESSORS
 
 _INPUTS = ("float32", "bfloat16", "float16")
 _VALUES = (*_INPUTS, "int8", "float8_e4m3fn", "float8_e5m2")
@@ -204,14 +199,11 @@ def _fill_processors(
     warpgroups = 1 if neurons <= 4 else 2 if neurons <= 8 else 4
     step = WARPS * warpgroups
     neurons = min(-(-neurons // step) * step, 128)
-    most = SHARED // lines.bytes
-    inputs = length
-    if length > most:
-        inputs = -(-length // -(-length // (most // 2)))
+    inputs = chunks.chunk(lines, length, neurons)
     # More at a time hide more of the latency, and cut more at the end of a chunk.
-    known = (4, 2, 1) if inputs == length else (2, 1)
+    known = (4, 2, 1) if inputs >= length else (2, 1)
     slots = next(s for s in known if s == 1 or s * lines.groups <= k)
-    return Tiles(lines.rows, neurons, -(-inputs // 32) * 32, slots, warpgroups)
+    return Tiles(lines.rows, neurons, inputs, slots, warpgroups)
 
 
 def _clocks(work: Work, k: int, slots: int, weight: int, size: int) -> float:
@@ -222,12 +214,13 @@ def _clocks(work: Work, k: int, slots: int, weight: int, size: int) -> float:
     passes = CONFLICTS[lines.pieces] * lines.bytes / LINE
     # Weights reach every thread of a group.
     adding = work.tile * taken * (passes + weight * lines.lanes / LINE)
+    adding += work.tile * work.chunks * 10  # sums of threads are added up
     copied = lines.rows * work.length * size
     weights = work.tile * k * weight
     if work.chunks == 1:
-        clocks = max(filling, copied / _L2) + max(adding, weights / _L2)
+        clocks = max(filling, copied / L2) + max(adding, weights / L2)
     else:
-        clocks = max(filling + adding, (copied + weights) / _L2)
+        clocks = max(filling + adding, (copied + weights) / L2)
     return clocks * max(1.0, work.row_tiles * work.output_tiles / PROCESSORS)
 
 

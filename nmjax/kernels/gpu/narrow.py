@@ -13,16 +13,13 @@ from jax import lax
 from jaxtyping import Array
 
 from nmjax.kernels.gpu import chunks, lanes
-from nmjax.kernels.gpu.chunks import SHARED, WARPS, Adder, Work
+from nmjax.kernels.gpu.chunks import L2, WARPS, Adder, Work
 from nmjax.kernels.gpu.gathers import CONFLICTS, LINE, PIECE, Lines
 from nmjax.kernels.gpu.lanes import Int, Memory, Truth
 from nmjax.kernels.gpu.tiling import PROCESSORS
 
 OUTPUTS = 8
 """Outputs of a thread at most."""
-
-_L2 = 24
-"""Bytes that a multiprocessor gets from L2 in a clock, if all ask."""
 
 _INPUTS = ("float32", "bfloat16", "float16")
 _VALUES = (*_INPUTS, "int8", "float8_e4m3fn", "float8_e5m2")
@@ -128,7 +125,7 @@ def multiply(
         weights.append(scales.reshape(-1).astype(jnp.float32))
     return chunks.product(
         work,
-        _Blocks(len(values), *block, scales is not None),
+        _Blocks(len(values), block[0], block[1], scales is not None),
         weights,
         x,
         scales=None,
@@ -184,17 +181,20 @@ def choose(values: Any, x: Any, outputs: int) -> Tiles:
         warpgroups = 1 if units <= WARPS else 2
         step = own * WARPS * warpgroups
         tile = min(-(-units * own // step) * step, 256)
-        most = SHARED // lines.bytes
-        parts = 1 if length <= most else -(-length // (most // 2))
-        inputs = -(-length // parts // 32) * 32
-        copied = rows * length * size / _L2
-        # Of a slot: the line and the weights of each thread, and multiplications.
+        inputs = chunks.chunk(lines, length, tile)
+        parts = -(-length // inputs)
         weight = own * jnp.dtype(values.dtype).itemsize + 4
+        copied = rows * length * size
+        weights = tile / own * slots * weight
+        # Of a slot: its line and weights, for each thread, and the multiplications.
         passes = CONFLICTS[lines.pieces] * lines.bytes / LINE
         passes = max(passes + weight * lines.lanes / LINE, own * rows / 128)
-        taken = slots + parts * lines.groups / 2
-        adding = tile / own * taken * passes
-        clocks = max(copied, adding) if parts > 1 else copied + adding
+        adding = tile / own * (slots + parts * lines.groups / 2) * passes
+        adding += tile * parts * 10  # sums of threads are added up
+        if parts > 1:
+            clocks = max((copied + weights) / L2, adding)
+        else:
+            clocks = copied / L2 + max(weights / L2, adding)
         tiles = row_tiles * -(-outputs // tile)
         clocks *= max(1.0, tiles / PROCESSORS)
         options.append((clocks, -rows, Tiles(rows, tile, inputs, warpgroups)))
