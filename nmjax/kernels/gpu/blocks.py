@@ -274,6 +274,11 @@ class _Kernel:
 
         lax.fori_loop(first, last, load_step, None)
 
+        # Every signal is waited for, as Pallas asks for where a barrier ends.
+        @pl.loop(lax.max(last - first - tiles.stages, jnp.int32(0)), last - first)
+        def _drain(step: Any) -> None:
+            plgpu.barrier_wait(free.at[self.slot(step)])
+
     def compute(
         self,
         starts: Any,
@@ -310,7 +315,13 @@ class _Kernel:
                     plgpu.barrier_arrive(free.at[self.slot(step - first - 1)])
 
             lax.fori_loop(first, last, step, None)
-            return total[...]
+            found = total[...]
+
+            @pl.when(last > first)
+            def _free_last() -> None:
+                plgpu.barrier_arrive(free.at[self.slot(last - first - 1)])
+
+            return found
 
         sums = plgpu.WGMMAAccumulatorRef((_GROUP, tiles.outputs), jnp.float32)
         total = pl.run_scoped(add_up, sums)
