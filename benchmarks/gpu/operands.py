@@ -71,6 +71,11 @@ def by_matmul(
     return lambda w, x: products.multiply(x, w, bias, epilogue, **settings)
 
 
+def by_xla(w: formats.Compressed, x: jax.Array) -> jax.Array:
+    """Give the product in plain XLA operations."""
+    return nm.matmul(x, w, implementation="xla")
+
+
 def by_kernel(
     product: Product, tiles: Any = None, **settings: Any
 ) -> Callable[[PreparedArray, jax.Array], jax.Array]:
