@@ -58,7 +58,6 @@ def run(ready, x, **settings):
 @pytest.mark.parametrize(
     ("dtype", "batch", "inputs", "tiles"),
     [
-        ("bfloat16", 5, 384, SMALL),
         ("float16", 40, 128, Tiles(16, 2, 1)),  # several tiles of one step
         ("float8_e4m3fn", 70, 256, Tiles(64, 3, 2)),
         ("int8", 17, 384, Tiles(32, 2, 1)),
