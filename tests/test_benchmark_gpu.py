@@ -123,7 +123,7 @@ def test_resumed_run_skips_what_is_done(smoke):
 
 WORKER = """
 import json, os, sys, time
-print(json.dumps({"device": "fake"}), flush=True)
+print(json.dumps({"device": "fake", "platform": PLATFORM}), flush=True)
 for line in sys.stdin:
     question = json.loads(line)
     if "settings" not in question:
@@ -153,8 +153,8 @@ def session(load, tmp_path, monkeypatch):
     monkeypatch.setattr(workers.Task, "patience", 1.0)
     script = tmp_path / "worker.py"
 
-    def make(tasks, **options):
-        script.write_text(f"TASKS = {tasks!r}\n" + WORKER)
+    def make(tasks, platform="gpu", **options):
+        script.write_text(f"TASKS, PLATFORM = {tasks!r}, {platform!r}\n" + WORKER)
         settings = {"smoke": False, "minutes": 5.0, "out": tmp_path, "json": None}
         settings |= {"resume": None, "skip_failed": False, "again": []} | options
         log = tmp_path / "log"
@@ -247,6 +247,13 @@ def test_session_ends_where_no_worker_starts(session, load, tmp_path, capsys):
     own.start = start
     assert not own.run(["s"])
     assert "ZeroDivisionError" in capsys.readouterr().out
+    own.close()
+
+
+def test_session_wants_a_gpu(session, capsys):
+    own = session(["one"], platform="cpu")
+    assert not own.run(["s"]) and not own.found["tasks"]
+    assert "JAX runs on cpu: this needs a GPU (or --smoke)" in capsys.readouterr().out
     own.close()
 
 
@@ -376,6 +383,13 @@ def test_bar_of_decoding_takes_the_worst_cell_and_the_fastest_dense(load):
     rows += [timed("dense", 26.0, batch=16, **wide)]
     rows += [timed("nm.matmul", 20.0, batch=16, **wide)]
     assert judged(report, rows, text) == (1.3, "MISSED")
+    alone = "decode 4096-14336, batch <= 16, kernels alone"
+    assert judged(report, rows, alone) == (None, "not measured")
+    rows += [
+        timed(kernel, None, "launches", kernel_us=us, batch=16, **wide)
+        for kernel, us in (("dense", 30.0), ("nm.matmul", 20.0))
+    ]
+    assert judged(report, rows, alone) == (1.5, "kept")
     rows += [timed("dense", 1.0, batch=64, **wide)]
     rows += [timed("nm.matmul", 20.0, batch=64, **wide)]
     assert judged(report, rows, text) == (1.3, "MISSED")

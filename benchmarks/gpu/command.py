@@ -84,6 +84,10 @@ class Session:
             self.note("environment", "start", "failed", str(error))
             self.write()
             return False
+        platform = jax.hello.get("platform")
+        if platform != "gpu" and not self.options.smoke:
+            print(f"JAX runs on {platform}: this needs a GPU (or --smoke)", flush=True)
+            return False
         self.choose_path(str(jax.hello.get("device", "unknown")))
         complete = True
         for section in sections:
@@ -286,7 +290,7 @@ class Session:
 def replace(path: Path, text: str) -> None:
     """Write a file at once: a run that is killed leaves the one before it."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 
@@ -401,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         session.close()
     print(report.summary(session.found))
+    if not session.found["tasks"]:
+        return 1
     took = time.monotonic() - begun
     state = "complete" if complete else "not complete: go on with --resume"
     print(f"\n{took:.0f} s, {state}; results: {session.path}, log: {log}")
