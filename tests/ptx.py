@@ -138,6 +138,8 @@ def _exchange(requests, lane):
         return requests["product"][lane]
     if name == "any":
         return any(request[1] for request in requests.values())
+    if name == "ballot":
+        return sum(1 << i for i, request in requests.items() if request[1])
     assert name == "elect", name
     return lane == 0
 
@@ -442,7 +444,7 @@ def _lines(name, arguments, values, labels, parameters, place):
     if head == "shfl":
         return [f"{values[0]} = {request}, '{parts[2]}', {values[1]}, {values[2]})"]
     if head == "vote":
-        return [f"{values[0]} = {request}, 'any', {values[1]})"]
+        return [f"{values[0]} = {request}, '{parts[2]}', {values[1]})"]
     if head == "elect":
         target = arguments[0].split("|")[1]
         return [f"{_operand(target, parameters)} = yield ('warp', '{place}', 'elect')"]
@@ -560,6 +562,7 @@ def _lines(name, arguments, values, labels, parameters, place):
         "rem": f"{x} % {y}" if kind[0] == "u" else None,
         "bfe": f"({a}) >> {b} & (1 << {c}) - 1" if kind[0] == "u" else None,
         "selp": f"({a} if {c} else {b})", "prmt": f"permute({a}, {b}, {c})",
+        "popc": f"({a}).bit_count()",
     }.get(head)  # fmt: skip
     assert result is not None, f"{name} {arguments}"
     return [f"{target} = ({result}) & {wide}"]

@@ -210,9 +210,14 @@ def test_compiled_threads_multiply_narrow_blocks(case, tmp_path, monkeypatch):
     assert kernel.spilled_bytes == 0
     tiles = options["tiles"] or narrow.choose(values, x, wanted.shape[1])
     scales = [np.ravel(settings["scales"])] if "scales" in settings else []
+    # Weights are loaded ahead of the only chunk, behind the first of several.
+    several = tiles.inputs < x.shape[1]
+    operands = [values, rows, bounds, *scales, x]
+    if several:
+        operands = [bounds, x, values, rows, *scales]
     out = ptx.run(
         kernel.ptx,
-        [bounds, x, values, rows, *scales, settings["bias"]],
+        [*operands, settings["bias"]],
         wanted.shape,
         np.float32,
         (-(-wanted.shape[1] // tiles.outputs), -(-len(x) // tiles.rows), 1),

@@ -160,9 +160,13 @@ def test_compiled_threads_compute_the_product(case, tmp_path, monkeypatch):
     (kernel,) = compile_kernels(multiply, *arguments, **target)
     assert kernel.spilled_bytes == 0
     batch, alive = x.shape[0], values.shape[0]
+    # Weights are loaded ahead of the only chunk, behind the first of several.
+    weights = [values, indices]
+    several = tiles.inputs < x.shape[1]
+    operands = [x, *weights] if several else [*weights, x]
     out = ptx.run(
         kernel.ptx,
-        [x, values, indices, *given.values()],
+        [*operands, *given.values()],
         (batch, alive),
         np.float32,
         (-(-alive // tiles.neurons), -(-batch // tiles.rows), 1),

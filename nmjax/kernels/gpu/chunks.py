@@ -126,6 +126,11 @@ class Plan(Protocol):
         """Whether `Adder` wants cursors also where there is one chunk only."""
         ...
 
+    @property
+    def ahead(self) -> int:
+        """How many values `Adder.load` gives."""
+        ...
+
     def interpret(
         self, work: Work, refs: list[Any], first: Any, start: Any, tile: Array
     ) -> Array:
@@ -155,6 +160,8 @@ class Adder:
         """Take the sizes."""
         self.work = work
         self.first = self.start = Int(0)
+        self.sums = Sums(work.lines)
+        self.cursors: Any = None
 
     def place(
         self, tile: Any, totals: Any, cursors: Any, first: Int, start: Int
@@ -165,11 +172,15 @@ class Adder:
         self.first, self.start = first, start
 
     def cursor(self, unit: Int) -> Int:
-        """Give the first weight of a unit."""
+        """Give the first weight of a unit, not knowing where earlier chunks ended."""
         raise NotImplementedError
 
     def load(self, unit: Int) -> list[Any]:
         """Load what is needed first for a unit, which may be behind the last one."""
+        raise NotImplementedError
+
+    def kinds(self) -> list[Any]:
+        """Give the types of what `load` gives."""
         raise NotImplementedError
 
     def add(self, unit: Int, window: list[Any]) -> None:
@@ -187,10 +198,11 @@ class Adder:
                     one = lanes.add(old, one)
                 self.totals.store(place, [one])
 
-    def run(self, filler: Filler | None, first: Int) -> None:
+    def run(self, ahead: Any, filler: Filler | None, first: Int) -> None:
         """Take all units of the warpgroup, and copy the next chunk meanwhile.
 
         Args:
+          ahead: what was loaded for the first unit, or None.
           filler: copies the next chunk, if there is one.
           first: the first input of the warpgroup's part of it.
         """
@@ -200,7 +212,10 @@ class Adder:
         pieces = 0 if filler is None else filler.units(work.filled)
         warp = lanes.warp()
 
-        @lanes.loop(0, steps, 1, self.load(warp))
+        if ahead is None:
+            ahead = self.load(warp)
+
+        @lanes.loop(0, steps, 1, ahead)
         def _(i: Int, *window: Any) -> list[Any]:
             piece = lanes.thread() + i * WARPGROUP
             found = []
@@ -327,18 +342,18 @@ def _run(work: Work, kernel: Any, barrier: Any) -> None:
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
 
-    kernel.begin()
+    ahead = kernel.begin()
     kernel.fill(jnp.int32(0))
     synchronize()
 
     def step(chunk: Any, _: None) -> None:
-        kernel.add(chunk, fill=True)
+        kernel.add(chunk, None, fill=True)
         synchronize()
 
     last = work.chunks - 1
     if last:
         lax.fori_loop(0, last, step, None)
-    kernel.add(jnp.int32(last), fill=False)
+    kernel.add(jnp.int32(last), ahead, fill=False)
     kernel.store()
 
 
@@ -381,7 +396,7 @@ class _Interpreted(_Kernel):
         found = self.refs.x[rows, pl.ds(first, self.work.filled)]
         part[...] = found.T.astype(part.dtype)
 
-    def add(self, chunk: Any, fill: bool) -> None:
+    def add(self, chunk: Any, ahead: Any, fill: bool) -> None:
         if fill:
             self.fill(chunk + 1)
         work = self.work
@@ -405,31 +420,41 @@ class _Interpreted(_Kernel):
 class _Compiled(_Kernel):
     """Code of single threads."""
 
-    def begin(self) -> None:
+    def begin(self) -> Any:
+        work, weights = self.work, self.refs.weights
+        if work.chunks == 1:
+            # Under way while the inputs are copied: what the first units need.
+            def load(given: list[Any], first: Int) -> Any:
+                adder = self.plan.adder(work, given)
+                adder.first = first
+                return lanes.as_words(adder.load(lanes.warp()))
+
+            ahead = _emit(load, weights, self.first, words=self.plan.ahead)
+        else:
+            ahead = None
+        if work.chunks > 1 or self.plan.cursors:
+            _emit(self._start, [*weights, self.sums, self.cursors], self.first)
+        return ahead
+
+    def _start(self, given: list[Any], first: Int) -> None:
+        """Set cursors to the first weights, and sums to zero."""
         work = self.work
-        several = work.chunks > 1
-        if not (several or self.plan.cursors):
-            return
+        *weights, sums, cursors = given
+        adder = self.plan.adder(work, weights)
+        adder.first = first
 
-        def emit(given: list[Any], first: Int) -> None:
-            *weights, sums, cursors = given
-            adder = self.plan.adder(work, weights)
-            adder.first = first
+        @lanes.loop(lanes.thread(), work.share // work.unit, WARPGROUP, [])
+        def _(unit: Int) -> list[Any]:
+            Memory(cursors).store(unit, [adder.cursor(unit).value])
+            return []
 
-            @lanes.loop(lanes.thread(), work.share // work.unit, WARPGROUP, [])
-            def _(unit: Int) -> list[Any]:
-                Memory(cursors).store(unit, [adder.cursor(unit).value])
+        if work.chunks > 1:
+            size = work.share * (work.lines.rows + 1)
+
+            @lanes.loop(lanes.thread(), size, WARPGROUP, [])
+            def _(i: Int) -> list[Any]:
+                Memory(sums).store(i, [lanes.constant(0)])
                 return []
-
-            if several:
-                size = work.share * (work.lines.rows + 1)
-
-                @lanes.loop(lanes.thread(), size, WARPGROUP, [])
-                def _(i: Int) -> list[Any]:
-                    Memory(sums).store(i, [lanes.constant(0)])
-                    return []
-
-        _emit(emit, [*self.refs.weights, self.sums, self.cursors], self.first)
 
     def fill(self, chunk: Any) -> None:
         work = self.work
@@ -442,27 +467,29 @@ class _Compiled(_Kernel):
 
         _emit(emit, [self.refs.x, part], self.row, first)
 
-    def add(self, chunk: Any, fill: bool) -> None:
+    def add(self, chunk: Any, ahead: Any, fill: bool) -> None:
         work = self.work
         part, part_first = self.to_fill(chunk + 1)
 
         def emit(
             given: list[Any], first: Int, start: Int, row: Int, part_first: Int
         ) -> None:
+            loaded = None if ahead is None else given.pop()
             *weights, x, tile, part, sums, cursors = given
             adder = self.plan.adder(work, weights)
             adder.place(tile, sums, cursors, first, start)
+            if loaded is not None:
+                loaded = lanes.from_words(loaded, adder.kinds())
             filler = None
             if fill:
                 shape = work.batch, work.length
                 filler = Filler(work.lines, x, shape, row, part)
-            adder.run(filler, part_first)
+            adder.run(loaded, filler, part_first)
 
-        refs = [self.refs.x, self.stage(chunk), part, self.sums, self.cursors]
-        start = chunk * work.inputs
-        _emit(
-            emit, [*self.refs.weights, *refs], self.first, start, self.row, part_first
-        )
+        given = [*self.refs.weights, self.refs.x, self.stage(chunk), part]
+        given += [self.sums, self.cursors]
+        integers = self.first, chunk * work.inputs, self.row, part_first
+        _emit(emit, given, *integers, ahead=ahead)
 
     def store(self) -> None:
         work, refs = self.work, self.refs
@@ -494,12 +521,33 @@ class _Compiled(_Kernel):
         _emit(emit, [self.sums, *given, refs.results], self.first, self.row)
 
 
-def _emit(build: Any, refs: list[Any], *integers: Any) -> None:
-    """Put ``build(refs, *integers)`` into the kernel, as code of single threads."""
-    kinds = (plgpu.RefType(),) * len(refs) + (SCALAR,) * len(integers)
+def _emit(
+    build: Any, refs: list[Any], *integers: Any, words: int = 0, ahead: Any = None
+) -> Any:
+    """Put code of single threads into the kernel.
 
-    @plgpu.inline_mgpu(arg_types=kinds)
-    def emit(_: Any, *given: Any) -> None:
-        build(list(given[: len(refs)]), *map(Int.given, given[len(refs) :]))
+    Args:
+      build: what emits it, given the references and then the integers; it gives an
+        array if `words` are asked for.
+      refs: references.
+      integers: integers, the same for all threads of a warpgroup.
+      words: words of each thread in the array.
+      ahead: None, or such an array; `build` gets it as the last reference.
+    """
+    kinds: list[Any] = [plgpu.RefType()] * len(refs)
+    if ahead is not None:
+        count = ahead.shape[0] // WARPGROUP
+        kinds, refs = [*kinds, lanes.words_layout(count)], [*refs, ahead]
+    result = None
+    if words:
+        shape, layout = (WARPGROUP * words,), lanes.words_layout(words)
+        result = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=layout)
 
-    emit(*refs, *integers)
+    @plgpu.inline_mgpu(
+        arg_types=(*kinds, *[SCALAR] * len(integers)), return_type=result
+    )
+    def emit(_: Any, *given: Any) -> Any:
+        scalars = map(Int.given, given[len(refs) :])
+        return build(list(given[: len(refs)]), *scalars)
+
+    return emit(*refs, *integers)

@@ -243,6 +243,10 @@ class _FanIn(NamedTuple):
     slots: int
     cursors: bool = False
 
+    @property
+    def ahead(self) -> int:
+        return 2 * self.slots
+
     def interpret(
         self, work: Work, refs: list[Any], first: Any, start: Any, tile: Array
     ) -> Array:
@@ -274,9 +278,12 @@ class _Adder(Adder):
     def load(self, unit: Int) -> list[Any]:
         return self._load(self._start(unit))
 
+    def kinds(self) -> list[Any]:
+        return [self.values.dtype] * self.slots + [self.indices.dtype] * self.slots
+
     def _start(self, unit: Int) -> Int:
         """Give the weight at which a neuron's first window starts."""
-        if self.work.chunks > 1:
+        if self.work.chunks > 1 and self.cursors is not None:
             start = Int(*self.cursors.load(unit.at_most(self.work.share - 1)))
         else:
             start = self.cursor(unit)
@@ -311,31 +318,33 @@ class _Adder(Adder):
                 inside = [place.below(work.inputs) for place in places]
                 strange = functools.reduce(Truth.both, inside).no()
                 whole = whole & strange.any_in_warp().no()
-            no = lanes.Int(0).equals(1)
 
             def all_there() -> list[Any]:
                 sums = total
                 for value, place in zip(values, places, strict=True):
                     sums = self.sums.add(sums, value, self.sums.gather(place))
-                return [no, *sums]
+                return [stop, *sums]
 
             def some_there() -> list[Any]:
-                sums, beyond = total, no
+                sums, cursor = total, stop
+                if several:
+                    cursor = start
                 for i, (value, place) in enumerate(zip(values, places, strict=True)):
-                    valid = (first + i - begin).below(self.k)
+                    slot = first + i
+                    valid = (slot - begin).below(self.k)
                     if several:
-                        beyond = beyond | (valid & (place >= work.inputs))
+                        # Up to the first input of the next chunk.
+                        before = (slot < begin) | (place < work.inputs)
+                        cursor = cursor + self.sums.count((slot < end) & before)
                         valid = valid & place.below(work.inputs)
                     value = valid.choose(value, lanes.constant(0))
                     line = self.sums.gather(place, valid)
                     sums = self.sums.add(sums, value, line)
-                return [beyond.any_in_warp() if several else no, *sums]
+                return [cursor, *sums]
 
-            beyond, *total = lanes.choose(whole, all_there, some_there, [no, *total])
-            # A window with inputs of the next chunk is looked at again then.
-            start = beyond.choose(start, stop)
-            more = beyond.no() & (start < end)
-            return more, [start, *following, *total]
+            cursor, *total = lanes.choose(whole, all_there, some_there, [stop, *total])
+            more = (cursor >= stop) & (cursor < end)
+            return more, [cursor, *following, *total]
 
         cursor, *rest = found
         if several:

@@ -151,13 +151,31 @@ class Filler:
 
     def store(self, unit: Int, found: list[Any]) -> None:
         """Store a unit to the tile."""
-        piece, place = unit % self.lines.pieces, unit // self.lines.pieces
+        lines = self.lines
+        piece, place = unit % lines.pieces, unit // lines.pieces
+        packed = []
         for j in range(self.step):
             elements = found[j :: self.step]
             if self.x.size != self.tile.size:
                 elements = [to_float(element) for element in elements]
-            line = place * self.step + j
-            self.tile.store(line * self.lines.rows + piece * self.lines.width, elements)
+            packed.append(self.tile.pack(elements))
+        # Eight threads store 128 bytes at a time. Where these are of several units,
+        # each begins with another one of its lines, or they would share their banks.
+        shared = LINE // lines.bytes
+        turn = place // max(1, shared // self.step) % min(shared, self.step)
+        distance = 1
+        while distance < min(shared, self.step):
+            odd = (turn & distance).equals(distance)
+            packed = [
+                [odd.choose(b, a) for a, b in zip(*two, strict=True)]
+                for two in zip(
+                    packed, packed[distance:] + packed[:distance], strict=True
+                )
+            ]
+            distance *= 2
+        for j, words in enumerate(packed):
+            line = place * self.step + (turn + j) % self.step
+            self.tile.store_words(line * lines.rows + piece * lines.width, words)
 
     def run(self, first: Int, inputs: int, done: int = 0) -> None:
         """Copy all units from `done` on, with the threads of a warpgroup.
@@ -181,20 +199,24 @@ class Sums:
     its pieces of a line.
     """
 
-    def __init__(self, lines: Lines, tile: Any):
+    def __init__(self, lines: Lines, tile: Any = None):
         """Describe where a thread reads.
 
         Args:
           lines: how the tile is stored.
-          tile: reference to the tile in shared memory.
+          tile: reference to the tile in shared memory, if it is to be read.
         """
         self.lines = lines
         lane = thread() % WARP
         self.group, self.lane = lane // lines.lanes, lane % lines.lanes
         self.pieces = []
-        for turn in range(lines.turns):
+        for turn in range(lines.turns) if tile is not None else ():
             piece = self.lane + (self.group % lines.turns ^ turn) * lines.lanes
             self.pieces.append(Memory(tile).shifted(piece * lines.width))
+
+    def count(self, truth: Truth) -> Int:
+        """Count the groups for which it holds."""
+        return truth.count_in_warp() // self.lines.lanes
 
     def zeros(self) -> list[Any]:
         """Start."""

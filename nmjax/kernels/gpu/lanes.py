@@ -15,6 +15,8 @@ from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.mosaic.gpu import utils
 
 # The dialects that kernels are written in; jax.extend has none of them.
@@ -114,6 +116,63 @@ class Truth:
         )
         word = _assembly(i32, [arith.extui(i32, self.value)], text, "=r,r", True)
         return Int(word).equals(1)
+
+    def count_in_warp(self) -> Int:
+        """Count the threads of the warp for which it holds."""
+        i32 = ir.IntegerType.get_signless(32)
+        text = (
+            "{ .reg .pred p; .reg .b32 m; setp.ne.b32 p, $1, 0; "
+            "vote.sync.ballot.b32 m, p, 0xffffffff; popc.b32 $0, m; }"
+        )
+        return Int(_assembly(i32, [arith.extui(i32, self.value)], text, "=r,r", True))
+
+
+def words_layout(count: int) -> Any:
+    """Give the layout of an array of so many words of each thread of a warpgroup."""
+    return plgpu.Layout.WG_STRIDED((WARPGROUP * count,), vec_size=1)
+
+
+def as_words(values: Sequence[Any]) -> Any:
+    """Make values of a thread a result of `plgpu.inline_mgpu`, int32 `words_layout`."""
+    i32, registers = ir.IntegerType.get_signless(32), []
+    for value in _flatten(values):
+        bits = utils.bitwidth(value.type)
+        word = ir.IntegerType.get_signless(bits)
+        if not isinstance(value.type, ir.IntegerType):
+            value = arith.bitcast(word, value)
+        value = value if bits == 32 else arith.extui(i32, value)
+        registers.append(vector.broadcast(ir.VectorType.get((1,), i32), value))
+    return fragments.FragmentedArray(
+        _registers=np.array(registers, dtype=object),
+        _layout=words_layout(len(registers)).to_mgpu(),
+        _is_signed=True,
+    )
+
+
+def from_words(argument: Any, kinds: Sequence[Any]) -> list[Any]:
+    """Take values of a thread from an argument of `plgpu.inline_mgpu`.
+
+    Args:
+      argument: what `as_words` gave.
+      kinds: their types.
+
+    Returns:
+      The values, integers as they are.
+    """
+    values = []
+    for register, kind in zip(argument.registers.flat, kinds, strict=True):
+        value, bits = _extract(register, 0), utils.bitwidth(kind)
+        if bits < 32:
+            value = arith.trunci(ir.IntegerType.get_signless(bits), value)
+        if not isinstance(kind, ir.IntegerType):
+            value = arith.bitcast(kind, value)
+        values.append(value)
+    return values
+
+
+def integers(count: int) -> list[Any]:
+    """Give the type of an integer so many times, for `from_words`."""
+    return [ir.IntegerType.get_signless(32)] * count
 
 
 def _int(value: Int | int) -> Int:
@@ -240,17 +299,27 @@ class Memory:
     def store(self, index: Int | int, elements: Sequence[Any]) -> None:
         """Store neighbours with one instruction; index a multiple of their number."""
         count = len(elements)
-        if count == 1:
-            llvm.store(elements[0], self.at(index), alignment=self.size)
-            return
-        kind = ir.VectorType.get((count,), elements[0].type)
-        packed = vector.from_elements(kind, elements)
-        words = max(1, count * self.size // 4)
-        width = ir.IntegerType.get_signless(8 * count * self.size // words)
-        packed = vector.bitcast(ir.VectorType.get((words,), width), packed)
-        if words == 1:
-            packed = _extract(packed, 0)
-        llvm.store(packed, self.at(index), alignment=count * self.size)
+        if count * self.size < 4:
+            (element,) = elements
+            llvm.store(element, self.at(index), alignment=self.size)
+        else:
+            self.store_words(index, self.pack(elements))
+
+    def pack(self, elements: Sequence[Any]) -> list[Any]:
+        """Put elements of this memory together to words."""
+        count, i32 = len(elements), ir.IntegerType.get_signless(32)
+        packed = vector.from_elements(
+            ir.VectorType.get((count,), elements[0].type), elements
+        )
+        words = count * self.size // 4
+        packed = vector.bitcast(ir.VectorType.get((words,), i32), packed)
+        return [_extract(packed, i) for i in range(words)]
+
+    def store_words(self, index: Int | int, words: Sequence[Any]) -> None:
+        """Store packed elements; index a multiple of their number."""
+        kind = ir.VectorType.get((len(words),), words[0].type)
+        packed = vector.from_elements(kind, words)
+        llvm.store(packed, self.at(index), alignment=4 * len(words))
 
 
 def _extract(elements: Any, i: int) -> Any:

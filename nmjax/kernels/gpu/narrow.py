@@ -210,6 +210,10 @@ class _Blocks(NamedTuple):
     scaled: bool
     cursors: bool = True
 
+    @property
+    def ahead(self) -> int:
+        return 2 + self.scaled + unit(self.outputs)
+
     def interpret(
         self, work: Work, refs: list[Any], first: Any, start: Any, tile: Array
     ) -> Array:
@@ -259,8 +263,18 @@ class _Adder(Adder):
     def load(self, unit: Int) -> list[Any]:
         units = self.work.share // self.work.unit
         unit = unit.at_most(units - 1)
-        (start,) = self.cursors.load(unit)
-        return [self._bound(unit, 1), *self._load(unit, Int(start))]
+        if self.cursors is None:
+            start = self.cursor(unit)
+        else:
+            start = Int(*self.cursors.load(unit))
+        place, *found = self._load(unit, start)
+        return [self._bound(unit, 1).value, place.value, *found]
+
+    def kinds(self) -> list[Any]:
+        return lanes.integers(2) + [
+            *[scales.dtype for scales in self.scales],
+            *[self.values.dtype] * self.work.unit,
+        ]
 
     def _load(self, unit: Int, start: Int) -> list[Any]:
         """Load this thread's slot of a window: its input and its weights."""
@@ -281,13 +295,13 @@ class _Adder(Adder):
 
     def add(self, unit: Int, window: list[Any]) -> None:
         work, own = self.work, self.work.unit
-        end, *window = window
+        end, place = map(Int, window[:2])
         several = work.chunks > 1
         (start,) = self.cursors.load(unit)
         zeros = self.sums.zeros()
         width = len(zeros)
 
-        @lanes.repeat([Int(start), *window, *zeros * own])
+        @lanes.repeat([Int(start), place, *window[2:], *zeros * own])
         def found(start: Int, place: Int, *carry: Any) -> tuple[Truth, list[Any]]:
             scales = carry[: len(self.scales)]
             values = [lanes.to_float(one) for one in carry[len(scales) :][:own]]
@@ -297,7 +311,6 @@ class _Adder(Adder):
             parts = [total[i : i + width] for i in range(0, len(total), width)]
             stop = start + self.sums.lines.groups
             following = self._load(unit, stop)
-            no = Int(0).equals(1)
             whole = end >= stop
             if several:
                 whole = whole & place.below(work.inputs).no().any_in_warp().no()
@@ -310,21 +323,21 @@ class _Adder(Adder):
                 return [one for part in sums for one in part]
 
             def all_there() -> list[Any]:
-                return [no, *add(values, self.sums.gather(place))]
+                return [stop, *add(values, self.sums.gather(place))]
 
             def some_there() -> list[Any]:
-                valid, beyond = start + self.sums.group < end, no
+                valid, cursor = start + self.sums.group < end, stop
                 if several:
-                    beyond = (valid & (place >= work.inputs)).any_in_warp()
+                    # Up to the first input of the next chunk.
+                    before = valid & (place < work.inputs)
+                    cursor = start + self.sums.count(before)
                     valid = valid & place.below(work.inputs)
                 some = [valid.choose(value, lanes.constant(0)) for value in values]
-                return [beyond, *add(some, self.sums.gather(place, valid))]
+                return [cursor, *add(some, self.sums.gather(place, valid))]
 
-            beyond, *total = lanes.choose(whole, all_there, some_there, [no, *total])
-            # A window with inputs of the next chunk is looked at again then.
-            start = beyond.choose(start, stop)
-            more = beyond.no() & (start < end)
-            return more, [start, *following, *total]
+            cursor, *total = lanes.choose(whole, all_there, some_there, [stop, *total])
+            more = (cursor >= stop) & (cursor < end)
+            return more, [cursor, *following, *total]
 
         cursor, *rest = found
         if several:
