@@ -53,11 +53,12 @@ def compile_one(kind, arrays, folder, monkeypatch, **settings):
 
 def check_instructions(kernel, tiles, x):
     """All sparse instructions of a step, or of several where the loop was unrolled."""
-    step = 32 if jnp.dtype(x).itemsize == 2 else 64
+    inputs = 32 if jnp.dtype(x).itemsize == 2 else 64
+    own = tiles.inputs // (1 + tiles.together)
     name = f"wgmma.mma_async.sp.sync.aligned.m64n{tiles.rows}{NAMES[x]}"
     found = {n: k for n, k in kernel.instructions.items() if "mma_async" in n}
     assert list(found) == [name]
-    assert found[name] % (tiles.features // 64 * tiles.inputs // step) == 0
+    assert found[name] % (tiles.features // 64 * own // inputs) == 0
 
 
 # Of dtypes of the same size, tiles are the same and the instruction has another name:
@@ -93,7 +94,7 @@ def describe(value):
     """Name a test by what tiles differ in from the default."""
     if not isinstance(value, Tiles):
         return str(value)
-    return "-".join(f"{name[0]}{size}" for name, size in vars(value).items())
+    return "-".join(f"{name[:2]}{int(size)}" for name, size in vars(value).items())
 
 
 @needs_compiler
@@ -146,17 +147,25 @@ def test_pairs_of_instructions_select_different_threads(tmp_path, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["hopper", "hopper_decode"])
-def test_there_is_one_kernel_beside_at_most_one_fusion(kind):
+@pytest.mark.parametrize(
+    "kind, tiles, fusions",
+    [
+        ("hopper", None, 0),
+        ("hopper_decode", None, 0),
+        ("hopper_decode", Tiles(rows=8, inputs=128, splits=4), 1),
+    ],
+)
+def test_there_is_one_kernel_and_one_fusion_to_add_up_parts(kind, tiles, fusions):
     sharding = jax.sharding.SingleDeviceSharding(devices("sm90").devices[0])
     arrays = {
         name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
         for name, a in operands("bfloat16", "bfloat16", 8, bias="bfloat16").items()
     }
-    multiply = KERNELS[kind].multiply
-    compiled = jax.jit(lambda a: multiply(**a, activation="silu")).lower(arrays)
-    text = compiled.compile({"xla_gpu_autotune_level": "0"}).as_text()
+    settings = {"activation": "silu", "tiles": tiles}
+    product = jax.jit(lambda a: KERNELS[kind].multiply(**a, **settings))
+    compiled = product.lower(arrays).compile({"xla_gpu_autotune_level": "0"})
+    text = compiled.as_text()
     entry = text[text.index("ENTRY") :]
     assert entry.count("custom-call(") == 1
-    assert entry.count(" fusion(") == (1 if kind == "hopper_decode" else 0)
+    assert entry.count(" fusion(") == fusions
     assert " copy(" not in entry and " pad(" not in entry

@@ -1,7 +1,9 @@
 """Pallas kernels for GPUs.
 
-- `instructions`: sparse matrix instructions that Mosaic GPU does not have.
-- `hopper`, `hopper_decode`, `hopper_weight_only`: 2:4 products on Hopper.
+- `hopper`, `hopper_decode`, `hopper_weight_only`: 2:4 products on Hopper, of many rows,
+  of few, and with weights of 8 bits. All run the kernel in `hopper_kernel`.
+- `instructions`, `assembly`: sparse matrix instructions that Mosaic GPU does not have.
+- `operands`, `finishing`: what goes into these kernels and what follows the sums.
 - `fan_in`, `blocks`: constant fan-in and block-sparse products.
 - `ampere`, `blackwell`: 2:4 products there, experimental.
 - `tiling`: the choice of tiles.

@@ -1,7 +1,8 @@
 """The kernel of all 2:4 products on Hopper.
 
-A thread block has three warpgroups: two compute the sums of 64 or 128 outputs each, of
-the same rows of x, and one loads what they need, some steps ahead. A block stays on its
+A thread block has three warpgroups: two compute, and one loads what they need, some
+steps ahead. The two have other outputs and the same rows of x; or, for few rows, the
+same outputs, of which each adds up half of every step. A block stays on its
 multiprocessor and takes one tile of sums after the other, and loads for the next tile
 while it stores the last one.
 
@@ -19,7 +20,7 @@ from jax import lax
 
 from nmjax.formats import images
 from nmjax.kernels.gpu import finishing, instructions, tiling
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiling import GROUPS, Tiles
 
 _LOADING, _COMPUTING = 40, 232
 """Registers of a thread that loads and of one that computes; a block has 64 K."""
@@ -33,6 +34,32 @@ class _Place(NamedTuple):
     split: Any
     first: Any
     last: Any
+
+
+class _Shared(NamedTuple):
+    """Shared memory and barriers of a block.
+
+    Attributes:
+      values: kept values, ``(stages, parts, outputs, kept)``.
+      image: their positions, ``(stages, parts, tiles, words, 128)``.
+      x: inputs, ``(stages, parts, rows, inputs)``.
+      out: results that are being stored, ``(groups, slots, rows, outputs)``.
+      full: of every stage, that it was loaded.
+      free: of every stage, that nobody reads it any more.
+      other: sums of the second warpgroup, where it has the outputs of the first.
+      given: that it has stored them.
+      taken: that the first one has read them.
+    """
+
+    values: Any
+    image: Any
+    x: Any
+    out: Any
+    full: Any
+    free: Any
+    other: Any = None
+    given: Any = None
+    taken: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +93,14 @@ class Kernel:
     interpreted: bool
 
     @property
-    def block(self) -> int:
-        """Outputs of a tile."""
-        return tiling.GROUPS * self.tiles.features
+    def parts(self) -> int:
+        """Parts of a step that different warpgroups add up."""
+        return GROUPS if self.tiles.together else 1
 
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles along the outputs, those of a cluster counted once, and along rows."""
-        along = self.features // (self.block * self.tiles.cluster)
+        along = self.features // (self.tiles.block * self.tiles.cluster)
         return along, -(-self.batch // self.tiles.rows)
 
     @property
@@ -88,40 +115,50 @@ class Kernel:
 
     def scratch(self) -> dict[str, Any]:
         """Give shared memory and barriers."""
-        tiles, kept = self.tiles, self.tiles.inputs // 2
-        words = tiles.inputs // self.word_inputs
+        tiles, parts = self.tiles, self.parts
+        inputs = tiles.inputs // parts
+        first = (tiles.stages, parts)
         slots = min(2, tiles.rows // self.piece)
+        sums = instructions.sum_dtype(self.x_dtype)
 
         def stored(shape: tuple[int, ...], dtype: Any) -> Any:
             transforms = instructions.layout_in_memory(shape[-1], dtype)
             return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-        empty: Any = plgpu.Barrier
+        free = plgpu.Barrier(num_arrivals=GROUPS, num_barriers=tiles.stages)
         if tiles.cluster > 1:  # what one block frees, another may fill
-            empty = lambda **sizes: plgpu.ClusterBarrier(  # noqa: E731
-                collective_axes=("member",), **sizes
+            free = plgpu.ClusterBarrier(
+                collective_axes=("member",),
+                num_arrivals=GROUPS,
+                num_barriers=tiles.stages,
             )
-        return {
-            "values_in": stored((tiles.stages, self.block, kept), self.values_dtype),
-            "image_in": plgpu.SMEM(
-                (tiles.stages, self.block // images.FEATURES, words, images.THREADS),
-                jnp.int32,
+        words = (tiles.block // images.FEATURES, inputs // self.word_inputs)
+        shared = _Shared(
+            values=stored((*first, tiles.block, inputs // 2), self.values_dtype),
+            image=plgpu.SMEM((*first, *words, images.THREADS), jnp.int32),
+            x=stored((*first, tiles.rows, inputs), self.x_dtype),
+            out=stored(
+                (tiles.block // tiles.features, slots, self.piece, tiles.features),
+                self.out_dtype,
             ),
-            "x_in": stored((tiles.stages, tiles.rows, tiles.inputs), self.x_dtype),
-            "out": stored(
-                (tiling.GROUPS, slots, self.piece, tiles.features), self.out_dtype
-            ),
-            "full": plgpu.Barrier(num_arrivals=3, num_barriers=tiles.stages),
-            "free": empty(num_arrivals=tiling.GROUPS, num_barriers=tiles.stages),
-        }
+            full=plgpu.Barrier(num_arrivals=3 * parts, num_barriers=tiles.stages),
+            free=free,
+        )
+        if tiles.together:
+            shared = shared._replace(
+                other=stored((tiles.features, tiles.rows), sums),
+                given=plgpu.Barrier(),
+                taken=plgpu.Barrier(),
+            )
+        return {name: a for name, a in shared._asdict().items() if a is not None}
 
-    def body(self, *arrays: Any, full: Any, free: Any, out: Any, **blocks: Any) -> None:
+    def body(self, *arrays: Any, **shared: Any) -> None:
         """Run in every warpgroup of every block."""
         *operands, results = arrays
         lax.cond(
-            lax.axis_index("group") == tiling.GROUPS,
-            lambda: self.load(operands[:3], blocks, full, free),
-            lambda: self.compute(operands[3:], blocks, full, free, out, results),
+            lax.axis_index("group") == GROUPS,
+            lambda: self.load(operands[:3], _Shared(**shared)),
+            lambda: self.compute(operands[3:], results, _Shared(**shared)),
         )
 
     def place(self, index: Any) -> _Place:
@@ -133,25 +170,32 @@ class Kernel:
             feature = feature * tiles.cluster + lax.axis_index("member")
         steps = self.inputs // tiles.inputs
         first, last = (lax.div((split + i) * steps, splits) for i in (0, 1))
-        return _Place(feature * self.block, row * tiles.rows, split, first, last)
+        return _Place(feature * tiles.block, row * tiles.rows, split, first, last)
 
     def slot(self, step: Any) -> Any:
-        """Give the part of shared memory for a step."""
+        """Give the stage of a step."""
         return lax.rem(step, jnp.int32(self.tiles.stages))
 
-    def load(self, arrays: Any, blocks: Any, full: Any, free: Any) -> None:
+    def each_tile(self, body: Any) -> Any:
+        """Run a body for all tiles of this block; carry the number of steps done."""
+        return plgpu.nd_loop(
+            (self.count,), collective_axes="processor", init_carry=jnp.int32(0)
+        )(body)
+
+    def load(self, arrays: Any, shared: _Shared) -> None:
         """Load blocks of all operands, as soon as there is room for them."""
         plgpu.set_max_registers(_LOADING, action="decrease")
         tiles = self.tiles
         values, image, x = arrays
+        inputs = tiles.inputs // self.parts
+        together = {"collective_axes": "member"} if tiles.cluster > 1 else {}
 
         def load_tile(info: Any, carry: Any) -> Any:
             place = self.place(info.index[0])
-            words = tiles.inputs // self.word_inputs
-            outputs = pl.ds(place.feature, self.block)
+            outputs = pl.ds(place.feature, tiles.block)
             word_rows = pl.ds(
                 lax.div(place.feature, jnp.int32(images.FEATURES)),
-                self.block // images.FEATURES,
+                tiles.block // images.FEATURES,
             )
             rows = pl.ds(place.row, tiles.rows)
 
@@ -160,22 +204,21 @@ class Kernel:
 
                 @pl.when(done >= tiles.stages)
                 def _() -> None:
-                    plgpu.barrier_wait(free.at[slot])
+                    plgpu.barrier_wait(shared.free.at[slot])
 
-                def copy(
-                    array: Any, rows: Any, size: int, name: str, **to: Any
-                ) -> None:
-                    plgpu.copy_gmem_to_smem(
-                        array.at[rows, pl.ds(step * size, size)],
-                        blocks[name].at[slot],
-                        full.at[slot],
-                        **to,
-                    )
+                def copy(array: Any, rows: Any, size: int, to: Any, **how: Any) -> None:
+                    for part in range(self.parts):
+                        columns = pl.ds((step * self.parts + part) * size, size)
+                        plgpu.copy_gmem_to_smem(
+                            array.at[rows, columns],
+                            to.at[slot, part],
+                            shared.full.at[slot],
+                            **how,
+                        )
 
-                copy(values, outputs, tiles.inputs // 2, "values_in")
-                copy(image, word_rows, words, "image_in")
-                shared = {"collective_axes": "member"} if tiles.cluster > 1 else {}
-                copy(x, rows, tiles.inputs, "x_in", **shared)
+                copy(values, outputs, inputs // 2, shared.values)
+                copy(image, word_rows, inputs // self.word_inputs, shared.image)
+                copy(x, rows, inputs, shared.x, **together)
                 return done + 1
 
             return lax.fori_loop(place.first, place.last, load_step, carry)
@@ -185,76 +228,82 @@ class Kernel:
         # A block must not end while others still signal to it.
         @pl.loop(lax.max(done - tiles.stages, jnp.int32(0)), done)
         def _(step: Any) -> None:
-            plgpu.barrier_wait(free.at[self.slot(step)])
+            plgpu.barrier_wait(shared.free.at[self.slot(step)])
 
-    def each_tile(self, body: Any) -> Any:
-        """Run a body for all tiles of this block; carry the number of steps done."""
-        return plgpu.nd_loop(
-            (self.count,), collective_axes="processor", init_carry=jnp.int32(0)
-        )(body)
-
-    def compute(
-        self, vectors: Any, blocks: Any, full: Any, free: Any, out: Any, results: Any
-    ) -> None:
+    def compute(self, vectors: Any, results: Any, shared: _Shared) -> None:
         """Compute sums, finish and store them."""
         plgpu.set_max_registers(_COMPUTING, action="increase")
         tiles = self.tiles
-        group = lax.axis_index("group")
 
         def compute_tile(info: Any, carry: Any) -> Any:
             place = self.place(info.index[0])
-            outputs = pl.ds(place.feature + group * tiles.features, tiles.features)
+            first = 0 if tiles.together else lax.axis_index("group") * tiles.features
+            outputs = pl.ds(place.feature + first, tiles.features)
             # Loaded now, to be there when the sums are.
             by_output = plgpu.Layout.WGMMA.reduce(1)
             loaded = {
                 name: instructions.load(array.at[outputs], by_output)
                 for name, array in zip(self.given, vectors, strict=True)
             }
+            done, total = self.add_up(place, carry, shared)
 
-            def add_step(step: Any, carry: Any) -> Any:
-                done, total = carry
-                slot = self.slot(done)
-                plgpu.barrier_wait(full.at[slot])
-                total = self.add({n: b.at[slot] for n, b in blocks.items()}, total)
-                if not tiles.overlap:
-                    plgpu.barrier_arrive(free.at[slot])
-                else:
-                    if not self.interpreted:
-                        plgpu.wgmma_wait(1)
+            def store(total: Any) -> None:
+                rows = results.at[place.split]
+                self.store(total, loaded, shared.out, rows, place.row, outputs)
 
-                    @pl.when(step > place.first)
-                    def _() -> None:
-                        plgpu.barrier_arrive(free.at[self.slot(done - 1)])
-
-                return done + 1, total
-
-            total = jnp.zeros(
-                (tiles.features, tiles.rows), instructions.sum_dtype(self.x_dtype)
-            )
-            total = plgpu.layout_cast(total, plgpu.Layout.WGMMA)
-            if tiles.overlap and not self.interpreted:
-                total = instructions.start(total)
-            done, total = lax.fori_loop(
-                place.first, place.last, add_step, (carry, total)
-            )
-            if tiles.overlap:
-                if not self.interpreted:
-                    total = instructions.finish(total)
-                plgpu.barrier_arrive(free.at[self.slot(done - 1)])
-            self.store(total, loaded, out, results.at[place.split], place.row, outputs)
+            if tiles.together:
+                self.join(total, shared, store)
+            else:
+                store(total)
             return done
 
         self.each_tile(compute_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def add(self, blocks: dict[str, Any], total: Any) -> Any:
+    def add_up(self, place: _Place, done: Any, shared: _Shared) -> tuple[Any, Any]:
+        """Add up the steps of a tile; give the number of steps done and the sums."""
+        tiles = self.tiles
+        in_flight = tiles.overlap and not self.interpreted
+
+        def add_step(step: Any, carry: Any) -> Any:
+            done, total = carry
+            slot = self.slot(done)
+            plgpu.barrier_wait(shared.full.at[slot])
+            total = self.add(slot, total, shared)
+            if not tiles.overlap:
+                plgpu.barrier_arrive(shared.free.at[slot])
+                return done + 1, total
+            if in_flight:
+                plgpu.wgmma_wait(1)
+
+            @pl.when(step > place.first)
+            def _() -> None:
+                plgpu.barrier_arrive(shared.free.at[self.slot(done - 1)])
+
+            return done + 1, total
+
+        sums = instructions.sum_dtype(self.x_dtype)
+        total = jnp.zeros((tiles.features, tiles.rows), sums)
+        total = plgpu.layout_cast(total, plgpu.Layout.WGMMA)
+        if in_flight:
+            total = instructions.start(total)
+        done, total = lax.fori_loop(place.first, place.last, add_step, (done, total))
+        if in_flight:
+            total = instructions.finish(total)
+        if tiles.overlap:
+            plgpu.barrier_arrive(shared.free.at[self.slot(done - 1)])
+        return done, total
+
+    def add(self, slot: Any, total: Any, shared: _Shared) -> Any:
         """Add the products of one step."""
         tiles = self.tiles
-        group = lax.axis_index("group")
-        values = blocks["values_in"].at[pl.ds(group * tiles.features, tiles.features)]
-        count = tiles.features // images.FEATURES
-        image = blocks["image_in"].at[pl.ds(group * count, count)]
-        x = blocks["x_in"]
+        group, count = lax.axis_index("group"), tiles.features // images.FEATURES
+        part, own = (group, 0) if tiles.together else (0, group)
+        values = shared.values.at[
+            slot, part, pl.ds(own * tiles.features, tiles.features)
+        ]
+        image = shared.image.at[slot, part, pl.ds(own * count, count)]
+        x = shared.x.at[slot, part]
         if self.interpreted:
             total = instructions.emulate(total, values[...], image[...], x[...])
             plgpu.commit_smem()
@@ -267,6 +316,22 @@ class Kernel:
             total, values, image, x, wait=apart, fence=apart
         )
 
+    def join(self, total: Any, shared: _Shared, store: Any) -> None:
+        """Give the sums of the second warpgroup to the first one, which stores both."""
+
+        def give() -> None:
+            shared.other[...] = total
+            plgpu.barrier_arrive(shared.given)
+            plgpu.barrier_wait(shared.taken)
+
+        def take() -> None:
+            plgpu.barrier_wait(shared.given)
+            other = instructions.load(shared.other, plgpu.Layout.WGMMA)
+            plgpu.barrier_arrive(shared.taken)
+            store(total + other)
+
+        lax.cond(lax.axis_index("group") == 0, take, give)
+
     def store(
         self,
         total: Any,
@@ -277,7 +342,8 @@ class Kernel:
         outputs: Any,
     ) -> None:
         """Finish sums and store them, some rows at a time."""
-        group, slots = lax.axis_index("group"), out.shape[1]
+        slots = out.shape[1]
+        own = 0 if self.tiles.together else lax.axis_index("group")
         for i in range(self.tiles.rows // self.piece):
             part = total[:, i * self.piece : (i + 1) * self.piece]
             wide = {
@@ -291,7 +357,7 @@ class Kernel:
                 self.activation,
                 self.out_dtype,
             )
-            staged = out.at[group, i % slots]
+            staged = out.at[own, i % slots]
             # Of an odd number of parts, the last one and the next tile's first one are
             # staged in the same place.
             plgpu.wait_smem_to_gmem(slots - 1 if i else 0, wait_read_only=True)

@@ -35,7 +35,7 @@ class Tiles:
     """Sizes of a kernel on Hopper.
 
     Attributes:
-      features: outputs of a warpgroup, 64 or 128; a block has two of them.
+      features: outputs of a warpgroup, 64 or 128; two of a block compute.
       rows: rows of x, a multiple of 8 up to 256, or up to 192 where `features` is 128.
       inputs: inputs of a step.
       stages: steps that are in shared memory at once.
@@ -45,6 +45,8 @@ class Tiles:
       cluster: blocks, 1, 2 or 4, that share the rows of x that one of them loads.
       overlap: whether the instructions of a step start before those of the last one
         have ended.
+      together: whether both warpgroups of a block have the same outputs, and each of
+        them half of the inputs of a step.
     """
 
     features: int = 64
@@ -55,6 +57,12 @@ class Tiles:
     panel: int = 8
     cluster: int = 1
     overlap: bool = False
+    together: bool = False
+
+    @property
+    def block(self) -> int:
+        """Outputs of a block."""
+        return self.features if self.together else GROUPS * self.features
 
 
 def processors() -> int:
@@ -116,13 +124,15 @@ def shared_bytes(
     weight, number, result = (
         jnp.dtype(dtype).itemsize for dtype in (values_dtype, x_dtype, out_dtype)
     )
-    block = GROUPS * tiles.features
+    block = tiles.block
     values = block * tiles.inputs // 2 * weight
     image = tiles.inputs // word_inputs * 8 * block
     x = tiles.rows * tiles.inputs * number
     rows = piece(tiles, out_dtype)
     out = min(2, tiles.rows // rows) * rows * block * result
     barriers = 2 * 8
+    if tiles.together:  # sums of one warpgroup, and their barriers
+        out += tiles.rows * tiles.features * 4 + barriers
     return tiles.stages * (values + image + x + barriers) + out
 
 
@@ -154,7 +164,7 @@ def refusal(
       >>> from nmjax.kernels.gpu import tiling
       >>> wide = tiling.Tiles(features=128, rows=128)
       >>> tiling.refusal(wide, *[jnp.bfloat16] * 3, 384, 256)
-      'features=128 in 2 warpgroups of 1 blocks do not divide 384 outputs'
+      '256 outputs of 1 blocks do not divide the 384 of the product'
     """
     if tiles.features not in (64, 128):
         return f"features={tiles.features} must be 64 or 128"
@@ -167,19 +177,21 @@ def refusal(
         return f"rows={tiles.rows} must be a multiple of {step} up to {most}"
     if tiles.cluster not in (1, 2, 4) or tiles.rows % (8 * tiles.cluster):
         return f"cluster={tiles.cluster} must be 1, 2 or 4 and divide rows / 8"
-    if features % (GROUPS * tiles.features * tiles.cluster):
+    if features % (tiles.block * tiles.cluster):
         return (
-            f"features={tiles.features} in {GROUPS} warpgroups of {tiles.cluster} "
-            f"blocks do not divide {features} outputs"
+            f"{tiles.block} outputs of {tiles.cluster} blocks do not divide the "
+            f"{features} of the product"
         )
+    if tiles.together and (tiles.inputs < 128 or tiles.rows > 128):
+        return "together=True takes inputs=128 or more, and up to 128 rows"
     if tiles.inputs not in (64, 128, 256, 512) or inputs % tiles.inputs:
         return f"inputs={tiles.inputs} must be 64, 128, 256 or 512 and divide {inputs}"
     if not 1 <= tiles.splits <= inputs // tiles.inputs:
         return f"splits={tiles.splits} must be 1 to {inputs // tiles.inputs}"
     if tiles.stages < 1 + tiles.overlap:
         return f"stages={tiles.stages} must be at least {1 + tiles.overlap}"
-    if tiles.overlap and upcast:
-        return "overlap=True takes values of the dtype of the inputs"
+    if tiles.overlap and (upcast or tiles.together):
+        return "overlap=True takes values of the dtype of x, and together=False"
     taken = shared_bytes(tiles, values_dtype, x_dtype, out_dtype, word_inputs)
     if taken > SHARED_BYTES:
         return f"they take {taken} bytes of the {SHARED_BYTES} of shared memory"
@@ -259,10 +271,10 @@ def choose(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Tile
 def default(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Tiles:
     """Give tiles that follow from the sizes alone.
 
-    Few rows: all of them in one tile, and the inputs split until blocks fill three
-    quarters of the places on the multiprocessors. Many rows: the tiles that end first,
-    if the time of one is that of what it reads from shared memory and writes there,
-    which is more than that of its instructions.
+    Few rows: all of them in one tile, and as many blocks and parts of the inputs as end
+    first, by what a multiprocessor and the memory read in a time (see `_SPEEDS`). Many
+    rows: the tiles that end first, if the time of one is that of what it reads from
+    shared memory and writes there, which is more than that of its instructions.
 
     Args:
       kind: the kernel.
@@ -278,7 +290,7 @@ def default(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Til
       >>> import jax.numpy as jnp
       >>> from nmjax.kernels.gpu import tiling
       >>> tiling.default("hopper_decode", jnp.bfloat16, 4096, 4096, 1)
-      Tiles(features=64, rows=8, inputs=256, stages=5, splits=4, panel=8, ...)
+      Tiles(features=64, rows=8, inputs=512, stages=4, splits=1, ... together=True)
     """
     if rows > FEW_ROWS:
         return _default_of_many(kind, dtype, features, rows)
@@ -286,17 +298,42 @@ def default(kind: str, dtype: Any, features: int, inputs: int, rows: int) -> Til
     tiles = Tiles(rows=_multiple(rows, 8 if rows <= 32 or size == 2 else 16))
     if kind == "hopper":
         return _deepen(dataclasses.replace(tiles, inputs=128 // size), kind, dtype)
-    steps = [s // size for s in (512, 256) if inputs % (s // size) == 0] or [64]
-    found = [_deepen(dataclasses.replace(tiles, inputs=s), kind, dtype) for s in steps]
-    tiles = next((t for t in found if t.stages >= 4), found[-1])
-    blocks = features // (GROUPS * 64)
-    places = [
-        (s, blocks * s / (_rounds(blocks * s) * PROCESSORS))
-        for s in range(1, max(1, inputs // tiles.inputs // 2) + 1)
-    ]
-    full = [s for s, used in places if used >= 0.75]
-    splits = full[0] if full else max(places, key=lambda place: place[1])[0]
-    return dataclasses.replace(tiles, splits=splits)
+    return _default_of_few(kind, dtype, features, inputs, tiles)
+
+
+_SPEEDS = {"multiprocessor": 0.085, "memory": 3.3, "second kernel": 2.0}
+"""What defaults follow from: MB that a multiprocessor and that all of them read in a
+microsecond, and microseconds. They are guesses from data sheets, not measured."""
+
+
+def _default_of_few(
+    kind: str, dtype: Any, features: int, inputs: int, tiles: Tiles
+) -> Tiles:
+    """Give the default for few rows, see `default`."""
+    weight, number = (operand.itemsize for operand in _operands(kind, dtype))
+    reads = features * inputs * (weight / 2 + 1 / 8)
+    found = []
+    for together in (False, True):
+        sizes = [s for s in (512, 256, 128, 64) if inputs % s == 0][: 4 - together]
+        deep = [
+            _deepen(
+                dataclasses.replace(tiles, inputs=s, together=together), kind, dtype
+            )
+            for s in sizes
+            if s * number <= 512 * (1 + together)
+        ]
+        first = next((t for t in deep if t.stages >= 4), deep[-1])
+        most = max(1, inputs // first.inputs // 2)
+        found += [dataclasses.replace(first, splits=s + 1) for s in range(most)]
+
+    def microseconds(tiles: Tiles) -> tuple[float, float]:
+        blocks = features // tiles.block * tiles.splits
+        own = reads / blocks + tiles.rows * inputs * number / tiles.splits
+        one = _rounds(blocks) * own / 1e6 / _SPEEDS["multiprocessor"]
+        second = _SPEEDS["second kernel"] if tiles.splits > 1 else 0.0
+        return max(reads / 1e6 / _SPEEDS["memory"], one) + second, one
+
+    return min(found, key=microseconds)
 
 
 def _default_of_many(kind: str, dtype: Any, features: int, rows: int) -> Tiles:
@@ -304,7 +341,7 @@ def _default_of_many(kind: str, dtype: Any, features: int, rows: int) -> Tiles:
     size = _operands(kind, dtype)[1].itemsize
 
     def moved(tiles: Tiles) -> int:
-        block = GROUPS * tiles.features
+        block = tiles.block
         # Bytes for 128 bytes of every row of x, which take two instructions each.
         written = block * (64 + 8) + tiles.rows * 128
         read = 2 * block // 64 * (64 * 32 + tiles.rows * 64)
@@ -368,12 +405,13 @@ def candidates(
         add(overlap=True)
         add(inputs=2 * first.inputs)
     else:
-        for splits in sorted({1, 2, 4, 8, first.splits // 2, 2 * first.splits}):
-            add(splits=splits)
+        for together in (False, True):
+            for splits in (1, 2, 4, 8):
+                add(together=together, splits=splits)
+            add(together=together, splits=max(1, first.splits // 2))
+            add(together=together, splits=2 * first.splits)
         for step in (first.inputs // 2, 2 * first.inputs):
             add(inputs=step)
-        add(features=128, splits=2 * first.splits)
-        add(overlap=True)
     return found
 
 
@@ -385,9 +423,12 @@ def _operands(kind: str, dtype: Any) -> tuple[Any, Any]:
 
 def _deepen(tiles: Tiles, kind: str, dtype: Any) -> Tiles:
     """Take as many stages as fit, at least one and up to six."""
+    types = (*_operands(kind, dtype), "float32")
+    # With the longer image too.
+    word_inputs = 32 if types[1].itemsize == 2 else 64
     for stages in range(6, 1, -1):
         deep = dataclasses.replace(tiles, stages=stages)
-        if shared_bytes(deep, *_operands(kind, dtype), "float32") <= SHARED_BYTES:
+        if shared_bytes(deep, *types, word_inputs) <= SHARED_BYTES:
             return deep
     return dataclasses.replace(tiles, stages=1)
 
