@@ -13,7 +13,7 @@ from benchmarks.gpu import operands
 from benchmarks.gpu.correctness import make_other
 from benchmarks.gpu.operands import bytes_of
 from benchmarks.gpu.timings import BASE, about, is_lost, line, times_of
-from benchmarks.gpu.workers import Json, Report, Task, short
+from benchmarks.gpu.workers import Absent, Json, Report, Task, short
 from nmjax.kernels.rotation import CUBLAS, SERIAL, Program, passes_for
 
 __all__ = ["line", "run", "tasks"]
@@ -44,7 +44,7 @@ def tasks(smoke: bool) -> list[Task]:
         settings |= {"dtype": dtype, "outputs": outputs, "inputs": inputs}
         settings |= {"smoke": smoke}
         name = f"{kind} {density:g} {dtype} batch {batch}"
-        found.append(Task("condensed", name, settings, 9))
+        found.append(Task("condensed", name, settings, 14))
         if kind == "FanIn" and dtype == "float32":
             own = settings | {"kind": "CSR"}
             found.append(Task("condensed", f"torch {name}", own, 5, "torch"))
@@ -67,9 +67,11 @@ def run(settings: Json, report: Report) -> None:
     row = settings | {"layout": kind}
     operations = 2 * outputs * inputs * batch
     written = batch * outputs * dtype.itemsize
-    passes = 1 if smoke else passes_for(operations, 0, count)
+    passes = 1 if smoke else min(3, passes_for(operations, 0, count))
     programs = {BASE: Program(by_dense(None), dense, passes, CUBLAS)}
     touched = {BASE: bytes_of(dense[0])}
+    highest = by_dense(lax.Precision.HIGHEST)
+    expected = jax.jit(highest)(*dense[0])
 
     def coordinates() -> list[tuple[Any, jax.Array]]:
         # It stores a product for each weight and row: two sets exceed the cache.
@@ -80,14 +82,17 @@ def run(settings: Json, report: Report) -> None:
         "BCOO": (lambda: lambda w, x: (w @ x.mT).mT, coordinates),
     }
     if dtype == jnp.float32:
-        highest = lax.Precision.HIGHEST
-        ways["dense, highest"] = (lambda: by_dense(highest), lambda: dense)
+        ways["dense, highest"] = (lambda: highest, lambda: dense)
+    if kind == "FanIn" and density == DENSITIES[0]:
+        for name, function in other_tiles(arrays[0], xs[0], smoke).items():
+            ways[name] = (lambda function=function: function, lambda: small)
     skipped = {}
-    for name, (function, sets) in ways.items():
+    for name, (make, sets) in ways.items():
         try:
-            made = sets()
+            function, made = make(), sets()
+            operands.check_alike(jax.jit(function)(*made[0]), expected)
             own = 1 if name == "BCOO" else passes
-            programs[name] = Program(function(), made, own, SERIAL)
+            programs[name] = Program(function, made, own, SERIAL)
             touched[name] = bytes_of(made[0])
         except Exception as error:  # noqa: BLE001 - a way that fails is a result
             if is_lost(error):
@@ -101,6 +106,36 @@ def run(settings: Json, report: Report) -> None:
         report(**row, kernel=name, **times, **more, operations=operations)
     for name, reason in skipped.items():
         report(**row, kernel=name, absent=reason)
+
+
+def other_tiles(small: Any, x: jax.Array, smoke: bool) -> dict[str, Any]:
+    """Make products of constant fan-in with tiles that are not the chosen ones."""
+    try:
+        fan_in, settings = operands.module("fan_in"), operands.interpretation()
+    except Absent:
+        return {}
+    length, (alive, k) = x.shape[1], small.values.shape
+    dtypes = x.dtype, small.values.dtype, small.indices.dtype
+
+    def choose(rows: int) -> Any:
+        return fan_in.choose(rows, length, alive, k, *dtypes)
+
+    own = choose(x.shape[0])
+    options = [own._replace(slots=slots) for slots in (1, 2, 4)]
+    # What is chosen for other numbers of rows serves this one too.
+    options += [choose(rows) for rows in (1, 4, 8, 16, 32, 64)]
+    others = [tiles for tiles in dict.fromkeys(options) if tiles != own]
+
+    def product(tiles: Any) -> Any:
+        return lambda w, x: fan_in.multiply(
+            w.values, w.indices, x, tiles=tiles, **settings
+        )
+
+    found = {}
+    for tiles in others[: 1 if smoke else None]:
+        sizes = f"{tiles.rows} x {tiles.neurons}, {tiles.slots} slots"
+        found[f"tiles {sizes}"] = product(tiles)
+    return found
 
 
 def by_dense(precision: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:

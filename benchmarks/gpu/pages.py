@@ -170,13 +170,14 @@ def _condensed(results: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["### Constant fan-in and blocks", ""]
     names = ["weights", "kept", "dtype", "batch", "dense", "dense, highest", "nmjax"]
-    lines += _table(*names, "gain", "BCOO", "torch dense", "torch CSR")
+    names += ["gain", "best tiles", "BCOO", "torch dense", "torch CSR"]
+    lines += _table(*names)
     for cell in cells:
         one = next(iter(cell.values()))
         own = cell.get(OURS)
         shown = [one["layout"], f"{one['density']:.0%}", one["dtype"], one["batch"]]
         shown += [_us(cell.get(n)) for n in ("dense", "dense, highest", OURS)]
-        shown += [_gain(own), _us(cell.get("BCOO"))]
+        shown += [_gain(own), _us(fastest(cell, "tiles")), _us(cell.get("BCOO"))]
         shown += [_us(cell.get("torch dense")), _us(fastest(cell, "torch CSR"))]
         lines.append(f"| {' | '.join(map(str, shown))} |")
     return lines

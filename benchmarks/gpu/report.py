@@ -89,7 +89,9 @@ def bars() -> list[Bar]:
         ("BCOO", 13.0, ("BCOO",)),
         ("CSR (torch)", 13.0, ("torch CSR",)),
     ):
-        found.append(Bar(f"{text}{name}", least, _fan_in(others)))
+        found.append(Bar(f"{text}{name}", least, _fan_in((OURS,), others)))
+    text = text.replace("nm.matmul / ", "best tiles / dense")
+    found.append(Bar(text, 1.7, _fan_in(_OWN, ("dense", "torch dense"))))
     return found
 
 
@@ -169,7 +171,7 @@ def _decode(
 
 
 def _fan_in(
-    others: Sequence[str],
+    ours: Sequence[str], others: Sequence[str]
 ) -> Callable[[Sequence[Row]], list[tuple[float, str]]]:
     def wanted(row: Row) -> bool:
         return all(row.get(k) == v for k, v in FAN_IN.items())
@@ -178,7 +180,7 @@ def _fan_in(
         found = []
         for cell in cells_of(rows, ("condensed",)):
             kept = {n: row for n, row in cell.items() if n != "dense, highest"}
-            value = gain(kept, (OURS,), others)
+            value = gain(kept, ours, others)
             if value is not None and wanted(next(iter(cell.values()))):
                 found.append((value, name_of(next(iter(cell.values())))))
         return found

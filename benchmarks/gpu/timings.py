@@ -103,7 +103,7 @@ def pair(section: str, product: Product, smoke: bool, tiles: int = 0) -> list[Ta
     name = name_of(product)
     settings = {"product": dataclasses.asdict(product), "smoke": smoke}
     # Most of it is drawing and compiling; the largest ones run for a while.
-    seconds = 6 + 1.5 * tiles + product.operations / 1e12
+    seconds = 7 + 3 * tiles + product.operations / 1e12
     tasks = [Task(section, name, settings | {"tiles": tiles}, seconds)]
     if product.dtype != "int8-weights":
         row = operands.fields(product)

@@ -21,7 +21,7 @@ from benchmarks.gpu.workers import Json, Report, short
 CACHE = 50e6
 """Bytes of the L2 cache; sets together are three times as large."""
 
-CALLS = 192
+CALLS = 96
 """Largest number of products in a graph."""
 
 FEWEST_ROWS = 16

@@ -20,8 +20,8 @@ from jaxtyping import Array
 CACHE = 50e6
 """Bytes of the L2 cache of Hopper GPUs."""
 
-CALLS = 192
-"""Largest number of products in a program."""
+CALLS = 96
+"""Largest number of products in a program: more take seconds to compile."""
 
 SERIAL = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 """Options of XLA: one kernel after the other, also where a CUDA graph is launched."""
@@ -49,7 +49,7 @@ def sets_for(smallest: float | int, most: int = 32) -> int:
 
 
 def passes_for(operations: float | int, touched: float | int, sets: int) -> int:
-    """Choose how often a program multiplies all sets: until about 1.5 ms are over.
+    """Choose how often a program multiplies all sets: for about 1.5 ms, or 96 calls.
 
     Args:
       operations: multiplications and additions of one product.
@@ -64,7 +64,7 @@ def passes_for(operations: float | int, touched: float | int, sets: int) -> int:
       >>> rotation.passes_for(2 * 8192**3, 4e8, 2)
       1
       >>> rotation.passes_for(2 * 4096**2, 2e7, 8)
-      22
+      12
     """
     guess = 2e-6 + max(operations / 6e14, touched / 3e12)
     return max(1, min(round(1.5e-3 / (sets * guess)), CALLS // sets))
