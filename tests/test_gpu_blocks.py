@@ -117,7 +117,7 @@ def test_no_warpgroup_reads_what_another_one_writes(block, dtype):
     # Steps and chunks go round in shared memory.
     shape = (640, 96) if dtype == "bfloat16" else (96, 64)
     values, rows, columns = weights(shape, block, dtype)
-    given = (values, rows.astype(jnp.int32), starts(columns, shape, block))
+    given = (values, rows, starts(columns, shape, block))
     x = draw((70 if dtype == "bfloat16" else 3, shape[0]), dtype, 2)
     settings = {
         "bias": None,
@@ -174,7 +174,7 @@ def small(case):
     settings = {"bias": draw(shape[1:], "float32", 3)}
     if dtype != kind:
         settings["scales"] = draw((len(values), 1, 1), "float32", 4)
-    arrays = values, rows.astype(jnp.int32), bounds, x
+    arrays = values, rows, bounds, x
     wanted = expected(
         shape, values, rows, columns, x, **settings, activation=activation
     )

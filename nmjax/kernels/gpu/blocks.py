@@ -136,7 +136,7 @@ def multiply(
         "out_dtype": jnp.dtype(x.dtype if out_dtype is None else out_dtype),
         "interpret": interpret,
     }
-    given = (values, rows.astype(jnp.int32), starts.astype(jnp.int32), x)
+    given = (values, rows, starts.astype(jnp.int32), x)
     if scales is None and on_tensor_cores(values, x):
         return multiply_on_tensor_cores(
             *given, outputs, tiles=choose(values, x), **settings
@@ -260,7 +260,7 @@ class _Kernel:
 
             block = lax.div(step, jnp.int32(a_block))
             inside = lax.rem(step, jnp.int32(a_block)) * tiles.inputs
-            start = rows[block] * self.block[0] + inside
+            start = rows[block].astype(jnp.int32) * self.block[0] + inside
             plgpu.copy_gmem_to_smem(
                 x.at[own, pl.ds(start, tiles.inputs)], x_shared.at[slot], full.at[slot]
             )

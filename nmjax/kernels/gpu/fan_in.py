@@ -208,19 +208,22 @@ def _fill_processors(
 
 def _clocks(work: Work, k: int, slots: int, weight: int, size: int) -> float:
     """Estimate how long a product takes, in clocks of a multiprocessor."""
-    lines = work.lines
+    lines, several = work.lines, work.chunks > 1
     filling = 2 * work.length * lines.bytes / LINE
-    taken = k + work.chunks * slots * lines.groups / 2
+    taken = k + work.chunks * slots * lines.groups / 4
+    # Of a weight: its line, and what reaches every thread of its group.
     passes = CONFLICTS[lines.pieces] * lines.bytes / LINE
-    # Weights reach every thread of a group.
-    adding = work.tile * taken * (passes + weight * lines.lanes / LINE)
-    adding += work.tile * work.chunks * 10  # sums of threads are added up
-    copied = lines.rows * work.length * size
-    weights = work.tile * k * weight
-    if work.chunks == 1:
-        clocks = max(filling, copied / L2) + max(adding, weights / L2)
+    passes += weight * lines.lanes / LINE
+    # At the end, sums of threads are added up.
+    adding = work.tile * (taken * passes + work.chunks * 10)
+    # Instructions, counted in compiled code.
+    issued = work.tile * k * (0.1 + lines.rows / 30) * (1.25 if several else 1)
+    copied = lines.rows * work.length * size / L2
+    weights = work.tile * k * weight / L2
+    if several:
+        clocks = max(filling + adding, issued, copied + weights)
     else:
-        clocks = max(filling + adding, (copied + weights) / L2)
+        clocks = max(filling, copied) + max(adding, issued, weights)
     return clocks * max(1.0, work.row_tiles * work.output_tiles / PROCESSORS)
 
 

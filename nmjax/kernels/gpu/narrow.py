@@ -92,7 +92,7 @@ def multiply(
 
     Args:
       values: the blocks, ``(blocks, inputs, outputs)``.
-      rows: number of each block along the inputs, int32 ``(blocks,)``.
+      rows: number of each block along the inputs, ``(blocks,)``, unsigned.
       starts: the first block of each column, and behind the last column the number of
         blocks, int32 ``(columns + 1,)``.
       x: inputs, ``(batch, K)``.
@@ -229,7 +229,7 @@ class _Blocks(NamedTuple):
             block < starts[column + 1][:, None]
         )
         inside = jnp.arange(self.inputs, dtype=jnp.int32)
-        places = rows[:, None] * self.inputs + inside - start
+        places = rows.astype(jnp.int32)[:, None] * self.inputs + inside - start
         there = (places >= 0) & (places < work.inputs)
         lines = jnp.where(
             there[..., None], tile[jnp.where(there, places, 0)], 0
@@ -282,7 +282,7 @@ class _Adder(Adder):
         slot = (start + self.sums.group).at_most(plan.blocks * plan.inputs - 1)
         block = slot // plan.inputs
         (row,) = self.rows.load(block)
-        place = Int(row) * plan.inputs + slot % plan.inputs - self.start
+        place = lanes.unsigned(row) * plan.inputs + slot % plan.inputs - self.start
         column = (self.first + unit * own) % plan.outputs
         found = [place]
         for scales in self.scales:
