@@ -6,8 +6,9 @@
 - `operands`, `finishing`: what goes into these kernels and what follows the sums.
 - `fan_in`, `blocks`: constant fan-in and block-sparse products; `narrow`: those of
   blocks that tensor cores are not made for.
-- `chunks`, `gathers`, `lanes`: what products that gather inputs are made of: what goes
-  through shared memory when, how it is read, and code of single threads.
+- `gathering`: the kernel of products that gather inputs; `chunks`, `gathers`: what goes
+  through shared memory when, and how it is read.
+- `lanes`, `memory`, `floats`: code of single threads.
 - `ampere`, `blackwell`: 2:4 products there, experimental.
 - `tiling`: the choice of tiles.
 """

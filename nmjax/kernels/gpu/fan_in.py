@@ -8,11 +8,12 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, UInt
 
-from nmjax.kernels.gpu import chunks, lanes
+from nmjax.kernels.gpu import chunks, floats, gathering, lanes
 from nmjax.kernels.gpu.chunks import L2, WARPS, Adder, Work
 from nmjax.kernels.gpu.finishing import ACTIVATIONS
 from nmjax.kernels.gpu.gathers import CONFLICTS, LINE, Lines
-from nmjax.kernels.gpu.lanes import Int, Memory, Truth
+from nmjax.kernels.gpu.lanes import Int, Truth
+from nmjax.kernels.gpu.memory import Memory
 from nmjax.kernels.gpu.tiling import PROCESSORS
 
 _INPUTS = ("float32", "bfloat16", "float16")
@@ -129,8 +130,8 @@ def multiply(
     weights = [values, indices]
     if interpret:
         rows = work.output_tiles * work.tile
-        weights = [chunks.pad(array, rows, k) for array in weights]
-    return chunks.product(
+        weights = [gathering.pad(array, rows, k) for array in weights]
+    return gathering.product(
         work,
         _FanIn(k, tiles.slots),
         weights,
@@ -308,7 +309,7 @@ class _Adder(Adder):
 
         @lanes.repeat([self._start(unit), *window, *self.sums.zeros()])
         def found(start: Int, *carry: Any) -> tuple[Truth, list[Any]]:
-            values = [lanes.to_float(one) for one in carry[:slots]]
+            values = [floats.to_float(one) for one in carry[:slots]]
             places = [
                 lanes.unsigned(one) - self.start for one in carry[slots : 2 * slots]
             ]
@@ -340,7 +341,7 @@ class _Adder(Adder):
                         before = (slot < begin) | (place < work.inputs)
                         cursor = cursor + self.sums.count((slot < end) & before)
                         valid = valid & place.below(work.inputs)
-                    value = valid.choose(value, lanes.constant(0))
+                    value = valid.choose(value, floats.constant(0))
                     line = self.sums.gather(place, valid)
                     sums = self.sums.add(sums, value, line)
                 return [cursor, *sums]

@@ -21,20 +21,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from nmjax.kernels.gpu.lanes import (
-    WARP,
-    WARPGROUP,
-    Int,
-    Memory,
-    Truth,
-    add,
-    constant,
-    exchange,
-    loop,
-    multiply_add,
-    thread,
-    to_float,
-)
+from nmjax.kernels.gpu.floats import add, constant, exchange, multiply_add, to_float
+from nmjax.kernels.gpu.lanes import WARP, WARPGROUP, Int, Truth, loop, thread
+from nmjax.kernels.gpu.memory import Memory
 
 LINE, PIECE = 128, 16
 """Bytes of a line at most, and of one load of a thread."""

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from nmjax.kernels.gpu import chunks, lanes
+from nmjax.kernels.gpu import chunks, floats, gathering, lanes
 from nmjax.kernels.gpu.chunks import L2, WARPS, Adder, Work
 from nmjax.kernels.gpu.gathers import CONFLICTS, LINE, PIECE, Lines
-from nmjax.kernels.gpu.lanes import Int, Memory, Truth
+from nmjax.kernels.gpu.lanes import Int, Truth
+from nmjax.kernels.gpu.memory import Memory
 from nmjax.kernels.gpu.tiling import PROCESSORS
 
 OUTPUTS = 8
@@ -123,7 +124,7 @@ def multiply(
     weights = [values, rows, starts]
     if scales is not None:
         weights.append(scales.reshape(-1).astype(jnp.float32))
-    return chunks.product(
+    return gathering.product(
         work,
         _Blocks(len(values), block[0], block[1], scales is not None),
         weights,
@@ -304,9 +305,9 @@ class _Adder(Adder):
         @lanes.repeat([Int(start), place, *window[2:], *zeros * own])
         def found(start: Int, place: Int, *carry: Any) -> tuple[Truth, list[Any]]:
             scales = carry[: len(self.scales)]
-            values = [lanes.to_float(one) for one in carry[len(scales) :][:own]]
+            values = [floats.to_float(one) for one in carry[len(scales) :][:own]]
             for scale in scales:
-                values = [lanes.multiply(scale, value) for value in values]
+                values = [floats.multiply(scale, value) for value in values]
             total = list(carry[len(scales) + own :])
             parts = [total[i : i + width] for i in range(0, len(total), width)]
             stop = start + self.sums.lines.groups
@@ -332,7 +333,7 @@ class _Adder(Adder):
                     before = valid & (place < work.inputs)
                     cursor = start + self.sums.count(before)
                     valid = valid & place.below(work.inputs)
-                some = [valid.choose(value, lanes.constant(0)) for value in values]
+                some = [valid.choose(value, floats.constant(0)) for value in values]
                 return [cursor, *add(some, self.sums.gather(place, valid))]
 
             cursor, *total = lanes.choose(whole, all_there, some_there, [stop, *total])
