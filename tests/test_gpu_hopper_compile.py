@@ -61,23 +61,20 @@ def check_instructions(kernel, tiles, x):
     assert found[name] % (tiles.features // 64 * own // inputs) == 0
 
 
-# Of dtypes of the same size, tiles are the same and the instruction has another name:
-# one takes all candidates, and all take the default. Clusters load in the same way
-# whatever they compute.
+# Every kernel, dtype and tile that tuning may choose.
 SWEPT = [
-    ("hopper", "bfloat16", "bfloat16", 4096),
-    ("hopper", "int8", "int8", 4096),
-    ("hopper_decode", "bfloat16", "bfloat16", 16),
-    ("hopper_decode", "bfloat16", "bfloat16", 64),
-    ("hopper_decode", "int8", "int8", 16),
-    ("hopper_weight_only", "int8", "bfloat16", 16),
-    ("hopper_weight_only", "int8", "bfloat16", 4096),
+    *(("hopper", dtype, dtype, 4096) for dtype in NAMES),
+    *(("hopper_decode", dtype, dtype, rows) for dtype in NAMES for rows in (16, 64)),
+    *(
+        ("hopper_weight_only", values, "bfloat16", rows)
+        for values in ("int8", "float8_e4m3fn", "float8_e5m2")
+        for rows in (16, 4096)
+    ),
 ]
 CANDIDATES = [
     (kind, values, x, rows, tiles)
     for kind, values, x, rows in SWEPT
     for tiles in tiling.candidates(kind, values, FEATURES, INPUTS, rows)
-    if tiles.cluster == 1 or (kind, values) == SWEPT[0][:2]
 ]
 DEFAULTS = [
     *(("hopper", dtype, dtype, 4096) for dtype in NAMES),
