@@ -70,5 +70,4 @@ def quantize(small: Compressed, dtype: Any = jnp.int8) -> Compressed:
     scaled = jnp.clip(values / scales.astype(jnp.float32), -limit, limit)
     rounded = jnp.round(scaled) if integers else scaled
     stored: Any = small
-    stored: Any = small
     return dataclasses.replace(stored, values=rounded.astype(dtype), scales=scales)

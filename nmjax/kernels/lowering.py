@@ -112,7 +112,7 @@ def on_cpu(ctx: Any, settings: Settings) -> _Product:
         kernel.
     """
     _refuse_kernels(settings.form, "pallas", "NVIDIA GPUs")
-    obstacle = _obstacle(ctx.module_context, "the native library", "a native kernel")
+    obstacle = _obstacle(ctx.module_context)
     native_only = settings.form == "native"
     if native_only and obstacle:
         raise NotImplementedError(f"implementation='native': {obstacle}")
@@ -192,14 +192,14 @@ def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
     return mapped
 
 
-def _obstacle(module: Any, library: str, kernel: str) -> str:
+def _obstacle(module: Any) -> str:
     """Say why a native kernel cannot be part of a module; empty where it can."""
     if module.lowering_parameters.for_export:
-        return f"an exported program has to run without {library}"
+        return "an exported program has to run without the native library"
     if (devices := _partitioned(module)) > 1:
         return (
-            f"XLA cannot partition {kernel} over {devices} devices; call it under "
-            "jax.shard_map over all axes of the mesh"
+            f"XLA cannot partition a native kernel over {devices} devices; call it "
+            "under jax.shard_map over all axes of the mesh"
         )
     return ""
 

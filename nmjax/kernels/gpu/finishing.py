@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
-ACTIVATIONS = (None, "relu", "gelu", "silu")
+from nmjax.kernels import settings
+
+ACTIVATIONS = (None, *settings.ACTIVATIONS)
 """Activations that kernels apply; ``"gelu"`` is the approximation by tanh."""
 
 
