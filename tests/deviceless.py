@@ -17,9 +17,15 @@ import jax
 import pytest
 from jax import export
 from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 needs_compiler = pytest.mark.compiler
 """Skips a test where the extra is not installed, see `conftest.py`."""
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"),
+    reason="the interpreter of GPU kernels came with jax 0.11",
+)
 
 _DESCRIPTION = """
 gpu_device_info {{

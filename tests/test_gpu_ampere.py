@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
-from deviceless import compile_kernels, needs_compiler
+from deviceless import compile_kernels, interpreted, needs_compiler
 
 from nmjax import formats
 from nmjax.formats import prepared
@@ -19,10 +19,6 @@ from nmjax.kernels.gpu.ampere import Tiles
 new_enough = pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
     reason="the layouts of warp-level instructions came with jax 0.11",
-)
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason="the interpreter of GPU kernels came with jax 0.11",
 )
 SMALL = Tiles(outputs=64, rows=16, inputs=128, warps=4, stages=2)
 PAIRS = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], np.uint8)

@@ -11,17 +11,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deviceless import compile_kernels, needs_compiler
+from deviceless import compile_kernels, interpreted, needs_compiler
 
 from nmjax import formats
 from nmjax.formats import prepared
 from nmjax.kernels.gpu import blackwell
 from nmjax.kernels.gpu.blackwell import Tiles
 
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason="the interpreter of GPU kernels came with jax 0.11",
-)
 SMALL = Tiles(rows=16, stages=2, blocks=2)
 PAIRS = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], np.uint8)
 

@@ -15,15 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
-from deviceless import compile_kernels, needs_compiler
+from deviceless import compile_kernels, interpreted, needs_compiler
 
 from nmjax.kernels.gpu import blocks, narrow
 from nmjax.kernels.gpu.narrow import Tiles
 
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason="the interpreter of GPU kernels came with jax 0.11",
-)
 ACTIVATIONS = {
     None: lambda y: y,
     "relu": lambda y: np.maximum(y, 0),

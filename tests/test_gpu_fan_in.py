@@ -13,15 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
-from deviceless import compile_kernels, needs_compiler
+from deviceless import compile_kernels, interpreted, needs_compiler
 
 from nmjax.kernels.gpu import fan_in, tiling
 from nmjax.kernels.gpu.fan_in import Tiles
 
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason="the interpreter of GPU kernels came with jax 0.11",
-)
 ACTIVATIONS = {
     None: lambda y: y,
     "relu": lambda y: np.maximum(y, 0),

@@ -13,6 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deviceless import interpreted
 
 from nmjax import formats
 from nmjax.formats import images, prepared
@@ -20,10 +21,6 @@ from nmjax.kernels import reference
 from nmjax.kernels.gpu import hopper, hopper_decode, hopper_weight_only, tiling
 from nmjax.kernels.gpu.tiling import Tiles
 
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason="the interpreter of GPU kernels came with jax 0.11",
-)
 KERNELS = {
     "hopper": hopper,
     "hopper_decode": hopper_decode,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deviceless import devices, needs_compiler
+from deviceless import devices, interpreted, needs_compiler
 from jax import export, lax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
@@ -22,10 +22,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 from nmjax.kernels.gpu import products  # noqa: E402
 from nmjax.kernels.settings import Epilogue  # noqa: E402
 
-interpreted = pytest.mark.skipif(
-    jax.version.__version_info__ < (0, 11, 2),
-    reason="Pallas interprets GPU kernels from jax 0.11.2 on",
-)
 KERNEL = "mosaic_gpu_v2"
 
 
