@@ -83,6 +83,25 @@ static int64_t TileWidth(int64_t rows, int64_t inputs, int64_t lanes) {
   return width;
 }
 
+// How the rows of x are shared out. With few, every thread has all of them and takes
+// some outputs; with many, it has rows of its own, whose tile no other thread touches,
+// and takes all outputs.
+struct Shares {
+  int64_t count, rows;  // rows of each share
+  int64_t width;        // of a tile
+
+  Shares(const ffi::ThreadPool& pool, int64_t all, int64_t inputs, int64_t lanes)
+      : count(1), rows(all), width(TileWidth(all, inputs, lanes)) {
+    const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+    const int64_t each = ((all + threads - 1) / threads + lanes - 1) / lanes * lanes;
+    const int64_t own = TileWidth(each, inputs, lanes);
+    if (threads == 1 || own < 2 * lanes) return;
+    count = (all + each - 1) / each;
+    rows = each;
+    width = own;
+  }
+};
+
 // Product of the leading axes that count the arrays of a stack.
 static int64_t Stack(ffi::AnyBuffer buffer, size_t rank) {
   int64_t count = 1;

@@ -16,40 +16,67 @@ namespace nmjax {
 
 // Products --------------------------------------------------------------------------
 
-// Multiply the rows of a layer's x in tiles: one by one, or transposed.
+// A layer of x and y, and the kernel that multiplies it.
 template <class Task>
-static void MultiplyInTiles(ffi::ThreadPool& pool, const Kernels& kernels,
-                            ffi::AnyBuffer x, Number x_type, int64_t layer,
-                            ffi::AnyBuffer y, float* tile, int64_t width,
-                            int64_t count, int64_t work, Task task,
-                            void (*kernel)(const Task&, int64_t, int64_t)) {
-  const int64_t rows = Length(x, 2), inputs = Length(x, 1);
-  task.width = width;
-  task.out = x_type;
-  task.outputs = Length(y, 1);
-  for (int64_t row = 0; row < rows; row += width) {
-    task.rows = std::min(width, rows - row);
-    const void* from = At(x.untyped_data(), (layer * rows + row) * inputs, x_type);
-    task.y = const_cast<char*>(
-        At(y.untyped_data(), (layer * rows + row) * task.outputs, x_type));
+struct Layer {
+  const Kernels& kernels;
+  void (*kernel)(const Task&, int64_t, int64_t);
+  const void* x;
+  void* y;
+  Number type;  // of x and y
+  int64_t rows, inputs;
+  int64_t count, work;  // what the kernel counts its outputs in, and weights
+};
+
+// Multiply rows [begin, end) in tiles: one by one, or transposed. `each(chunks, work)`
+// does `work(0)`, ..., `work(chunks - 1)`, and `chunk` of the outputs are in a chunk.
+template <class Task, class Each>
+static void MultiplyRows(const Layer<Task>& layer, Task task, int64_t begin,
+                         int64_t end, int64_t width, float* tile, const Each& each) {
+  const int64_t inputs = layer.inputs;
+  for (int64_t row = begin; row < end; row += width) {
+    task.rows = std::min(width, end - row);
+    task.width = TileWidth(task.rows, inputs, layer.kernels.lanes);
+    const void* from = At(layer.x, row * inputs, layer.type);
+    task.y = const_cast<char*>(At(layer.y, row * task.outputs, layer.type));
     task.x = tile;
-    if (width > 1) {
-      constexpr int64_t kColumns = 256;
-      const int64_t present = task.rows;
-      ParallelFor(pool, (inputs + kColumns - 1) / kColumns, [=, &kernels](int64_t i) {
-        kernels.transpose(from, x_type, present, inputs, i * kColumns,
-                          std::min(inputs, (i + 1) * kColumns), tile, width);
+    if (task.width > 1) {
+      each(inputs, inputs * task.width, [=, &layer](int64_t first, int64_t last) {
+        layer.kernels.transpose(from, layer.type, task.rows, inputs, first, last, tile,
+                                task.width);
       });
-    } else if (x_type == Number::kFloat32) {
+    } else if (layer.type == Number::kFloat32) {
       task.x = static_cast<const float*>(from);
     } else {
-      kernels.widen(from, x_type, tile, inputs);
+      layer.kernels.widen(from, layer.type, tile, inputs);
     }
-    const int64_t chunk = ChunkOf(pool, count, work * std::max<int64_t>(1, width / 8));
-    ParallelFor(pool, (count + chunk - 1) / chunk, [=](int64_t i) {
-      kernel(task, i * chunk, std::min(count, (i + 1) * chunk));
+    const int64_t work = layer.work * std::max<int64_t>(1, task.width / 8);
+    each(layer.count, work, [=, &layer](int64_t first, int64_t last) {
+      layer.kernel(task, first, last);
     });
   }
+}
+
+// Multiply a layer on all threads; `tiles` has room for a tile of each share.
+template <class Task>
+static void Multiply(ffi::ThreadPool& pool, const Layer<Task>& layer, const Task& task,
+                     const Shares& shares, float* tiles) {
+  if (shares.count == 1) {
+    MultiplyRows(layer, task, 0, layer.rows, shares.width, tiles,
+                 [&pool](int64_t count, int64_t work, const auto& part) {
+                   const int64_t chunk = ChunkOf(pool, count, work);
+                   ParallelFor(pool, (count + chunk - 1) / chunk, [&](int64_t i) {
+                     part(i * chunk, std::min(count, (i + 1) * chunk));
+                   });
+                 });
+    return;
+  }
+  ParallelFor(pool, shares.count, [&](int64_t i) {
+    MultiplyRows(layer, task, i * shares.rows,
+                 std::min(layer.rows, (i + 1) * shares.rows), shares.width,
+                 tiles + i * shares.width * layer.inputs,
+                 [](int64_t count, int64_t, const auto& part) { part(0, count); });
+  });
 }
 
 static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
@@ -65,23 +92,25 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
       !AsNumber(x.element_type(), &x_type)) {
     return Unsupported("dtype");
   }
-  const int64_t rows = Length(x, 2), outputs = Length(*y, 1);
+  const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
   const int64_t alive = Length(values, 2);
-  const int64_t width = TileWidth(rows, Length(x, 1), kernels->lanes);
-  Scratch tile = Allocate(Length(x, 1) * width);
+  const Shares shares(pool, rows, inputs, kernels->lanes);
+  Scratch tiles = Allocate(shares.count * shares.width * inputs);
   Scales factors(scales, has_scales, alive);
-  if (!tile || !factors) return OutOfMemory();
+  if (!tiles || !factors) return OutOfMemory();
+  task.outputs = outputs;
+  task.out = x_type;
   const int64_t stack = Stack(x, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, indices, neurons, layer, outputs, &task);
     task.scales = factors.OfLayer(*kernels, layer);
-    if (task.columns) {
-      const int64_t count = rows * outputs;
-      std::memset(const_cast<char*>(At(y->untyped_data(), layer * count, x_type)), 0,
-                  count * Bytes(x_type));
-    }
-    MultiplyInTiles(pool, *kernels, x, x_type, layer, *y, tile.get(), width, alive,
-                    alive * task.fan_in, task, kernels->fan_in);
+    const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
+    char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
+    if (task.columns) std::memset(to, 0, rows * outputs * Bytes(x_type));
+    Multiply<FanInTask>(pool,
+                        {*kernels, kernels->fan_in, from, to, x_type, rows, inputs,
+                         alive, alive * task.fan_in},
+                        task, shares, tiles.get());
   }
   return ffi::Error::Success();
 }
@@ -99,17 +128,24 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
       !AsNumber(x.element_type(), &x_type)) {
     return Unsupported("dtype");
   }
-  const int64_t width = TileWidth(Length(x, 2), Length(x, 1), kernels->lanes);
-  Scratch tile = Allocate(Length(x, 1) * width);
+  const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
+  const Shares shares(pool, rows, inputs, kernels->lanes);
+  Scratch tiles = Allocate(shares.count * shares.width * inputs);
   Scales factors(scales, has_scales, task.blocks);
-  if (!tile || !factors) return OutOfMemory();
+  if (!tiles || !factors) return OutOfMemory();
+  task.outputs = outputs;
+  task.out = x_type;
   const int64_t stack = Stack(x, 2);
   const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, rows_of, columns_of, layer, &task);
     task.scales = factors.OfLayer(*kernels, layer);
-    MultiplyInTiles(pool, *kernels, x, x_type, layer, *y, tile.get(), width,
-                    Length(*y, 1), work, task, kernels->blocks);
+    const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
+    char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
+    Multiply<BlockTask>(pool,
+                        {*kernels, kernels->blocks, from, to, x_type, rows, inputs,
+                         outputs, work},
+                        task, shares, tiles.get());
   }
   return ffi::Error::Success();
 }

@@ -26,8 +26,13 @@ static inline void Pause() {
 // A thread that sleeps takes longer to wake up than a layer with few rows takes to be
 // computed. So a helper that finds nothing left to do looks out for the next loop for a
 // moment before it goes back to the pool: in a chain of layers it is there in time.
+//
+// The caller takes chunks from the front and helpers take them from the back, so that a
+// loop that is done again finds its data in the caches of the same processor cores.
 class Board {
  public:
+  static constexpr int64_t kMostChunks = 0xffff;
+
   static Board& Get() {
     static Board board;
     return board;
@@ -41,20 +46,14 @@ class Board {
       (*static_cast<const Work*>(work))(chunk);
     };
     work_ = &work;
-    chunks_ = chunks;
     done_.store(0, std::memory_order_relaxed);
-    const uint64_t round = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-    ticket_.store(round << 32 | static_cast<uint64_t>(chunks),
-                  std::memory_order_release);
-    const int64_t wanted = std::min<int64_t>(pool.num_threads(), chunks) - 1;
-    while (helpers_.load(std::memory_order_relaxed) < wanted) {
-      helpers_.fetch_add(1, std::memory_order_relaxed);
-      pool.Schedule([this] { Help(); });
-    }
-    while (TakeOne()) {
+    const uint64_t round = (left_.load(std::memory_order_relaxed) >> 32) + 1;
+    left_.store(round << 32 | static_cast<uint64_t>(chunks), std::memory_order_release);
+    Ask(pool, std::min<int64_t>(pool.num_threads(), chunks) - 1);
+    while (TakeFirst()) {
     }
     for (int spins = 0; done_.load(std::memory_order_acquire) < chunks; ++spins) {
-      spins < 10000 ? Pause() : std::this_thread::yield();
+      spins < 1000 ? Pause() : std::this_thread::yield();
     }
     busy_.store(false, std::memory_order_release);
     return true;
@@ -63,17 +62,25 @@ class Board {
  private:
   static constexpr std::chrono::microseconds kPatience{30};
 
-  // Do a chunk that is left. Whoever takes one knows that its loop is not over, and that
-  // the fields which describe it do not change until the chunk is done.
-  bool TakeOne() {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    do {
-      if (!(ticket & 0xffffffff)) return false;
-    } while (!ticket_.compare_exchange_weak(ticket, ticket - 1,
-                                            std::memory_order_acq_rel));
-    call_(work_, chunks_ - static_cast<int64_t>(ticket & 0xffffffff));
-    done_.fetch_add(1, std::memory_order_release);
-    return true;
+  // Ask for helpers if too few are at work.
+  //
+  // One that was asked may have to wait behind another thread, often behind this one,
+  // while a core is idle; an operating system may take milliseconds to notice. So it
+  // counts as missing until it has begun: the next loop asks another, which wakes up on
+  // the idle core.
+  void Ask(xla::ffi::ThreadPool& pool, int64_t wanted) {
+    wanted_.store(wanted, std::memory_order_relaxed);
+    const int64_t missing = wanted - at_work_.load(std::memory_order_relaxed);
+    for (int64_t i = 0; i < missing; ++i) {
+      if (asked_.load(std::memory_order_relaxed) >= pool.num_threads()) return;
+      asked_.fetch_add(1, std::memory_order_relaxed);
+      pool.Schedule([this] {
+        const int64_t others = at_work_.fetch_add(1, std::memory_order_relaxed);
+        if (others < wanted_.load(std::memory_order_relaxed)) Help();
+        at_work_.fetch_sub(1, std::memory_order_relaxed);
+        asked_.fetch_sub(1, std::memory_order_relaxed);
+      });
+    }
   }
 
   void Help() {
@@ -81,20 +88,38 @@ class Board {
     auto until = Clock::now() + kPatience;
     while (true) {
       bool found = false;
-      while (TakeOne()) found = true;
+      while (TakeLast()) found = true;
       if (found) until = Clock::now() + kPatience;
       for (int i = 0; i < 32; ++i) Pause();
       if (!found && Clock::now() > until) break;
     }
-    helpers_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+  // Do the first or the last chunk that is left. Whoever takes one knows that its loop is
+  // not over, and that the fields which describe it do not change until it is done.
+  bool TakeFirst() {
+    return Take(0x10000, [](uint64_t left) { return left >> 16 & 0xffff; });
+  }
+  bool TakeLast() {
+    return Take(-1, [](uint64_t left) { return (left & 0xffff) - 1; });
+  }
+  template <class Chunk>
+  bool Take(int64_t step, const Chunk& chunk) {
+    uint64_t left = left_.load(std::memory_order_acquire);
+    do {
+      if ((left >> 16 & 0xffff) >= (left & 0xffff)) return false;
+    } while (!left_.compare_exchange_weak(left, left + step,
+                                          std::memory_order_acq_rel));
+    call_(work_, static_cast<int64_t>(chunk(left)));
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
   }
 
   std::atomic<bool> busy_{false};
-  std::atomic<uint64_t> ticket_{0};  // number of the loop, and chunks left of it
-  std::atomic<int64_t> done_{0}, helpers_{0};
+  std::atomic<uint64_t> left_{0};  // number of the loop, first chunk, end: 32, 16, 16 bits
+  std::atomic<int64_t> done_{0}, wanted_{0}, at_work_{0}, asked_{0};
   void (*call_)(const void*, int64_t) = nullptr;
   const void* work_ = nullptr;
-  int64_t chunks_ = 0;
 };
 
 // Do `work(0)`, ..., `work(chunks - 1)` on the threads of a pool and on this one.
@@ -104,7 +129,7 @@ class Board {
 // if every thread of the pool is here.
 template <class Work>
 void ParallelFor(xla::ffi::ThreadPool& pool, int64_t chunks, const Work& work) {
-  if (pool.num_threads() > 1 && chunks > 1) {
+  if (pool.num_threads() > 1 && chunks > 1 && chunks <= Board::kMostChunks) {
     if (Board::Get().Run(pool, chunks, work)) return;
   }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) work(chunk);
