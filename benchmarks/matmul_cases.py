@@ -123,14 +123,25 @@ def layers_of(shapes: Sequence[tuple[int, int]]) -> str:
     return f"{len(shapes)} x ({name})"
 
 
-def chain_of(product: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Give a function that runs layers, ReLU between them."""
+def chain_of(
+    product: Callable[[Any, Any], Any],
+    activated: Callable[[Any, Any], Any] | None = None,
+) -> Callable[[Any, Any], Any]:
+    """Give a function that runs layers, ReLU between them.
+
+    Args:
+      product: of the last layer.
+      activated: of the others, with ReLU at its end; default `jax.nn.relu` after it.
+    """
+    if activated is None:
+
+        def activated(x: jax.Array, w: Any) -> jax.Array:
+            return jax.nn.relu(product(x, w))
 
     def chain(x: jax.Array, weights: Sequence[Any]) -> jax.Array:
-        x = product(x, weights[0])
-        for w in weights[1:]:
-            x = product(jax.nn.relu(x), w)
-        return x
+        for w in weights[:-1]:
+            x = activated(x, w)
+        return product(x, weights[-1])
 
     return chain
 

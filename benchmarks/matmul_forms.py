@@ -56,7 +56,10 @@ PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
 @cache
 def jitted(name: str) -> Any:
     """Jit a chain of products by name: one function, so that shapes compile once."""
-    return jax.jit(chain_of(PRODUCTS[name]))
+    product, activated = PRODUCTS[name], None
+    if name in ("nmjax", "xla", "native"):
+        activated = partial(product, activation="relu")
+    return jax.jit(chain_of(product, activated))
 
 
 def next_of(

@@ -133,6 +133,80 @@ def test_every_kernel_equals_an_oracle(dtype, quantized):
 
 
 @built
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_bias_and_relu_follow_the_sums(dtype, activation):
+    arrays = [
+        condensed(7, (60, 24)),
+        condensed(21, (300, 17), ablated=(0, 9)),
+        grouped(2, 4, (164, 5)),
+        grouped(3, 4, (164, 5)),
+        *(blocked(*sides, (48, 80)) for sides in [(16, 1), (1, 16), (5, 2)]),
+    ]
+    arrays = [w.astype(dtype) for w in arrays]
+    biases = [normal(9, (w.shape[1],), dtype) for w in arrays]
+    inputs = [
+        [x for x in xs if len(x) in (1, 5, 70)] for xs in inputs_for(arrays, dtype)
+    ]
+    sets = [name for name in native.INSTRUCTIONS if has(name)]
+
+    @jax.jit
+    def run(arrays, biases, inputs):
+        def each(name):
+            options = {"instructions": name, "activation": activation}
+            return [
+                [native.multiply(x, w, bias=bias, **options) for x in xs]
+                for w, bias, xs in zip(arrays, biases, inputs, strict=True)
+            ]
+
+        return [each(name) for name in sets]
+
+    for found in run(arrays, biases, inputs):
+        for w, bias, xs, outs in zip(arrays, biases, inputs, found, strict=True):
+            for x, out in zip(xs, outs, strict=True):
+                terms = (
+                    np.asarray(array, np.float64) for array in (x, w.todense(), bias)
+                )
+                x, dense, offsets = terms
+                expected = x @ dense + offsets
+                if activation:
+                    expected = np.maximum(expected, 0)
+                error = np.abs(np.asarray(out, np.float64) - expected).max()
+                tolerance = 1e-5 if dtype == jnp.float32 else 8e-3
+                assert error <= tolerance * max(1, np.abs(expected).max()), (w, x.shape)
+
+
+@built
+def test_matmul_leaves_relu_to_the_kernel_and_others_to_xla():
+    w, x, bias = condensed(3, (16, 8)), normal(0, (2, 16)), normal(1, (8,))
+    sums = x @ w.todense() + bias
+    for activation in ("relu", "silu"):
+        product = functools.partial(
+            nm.matmul, bias=bias, activation=activation, implementation="native"
+        )
+        text = jax.jit(product).lower(x, w).as_text()
+        assert ("stablehlo.add" in text) == (activation == "silu")
+        assert "stablehlo.maximum" not in text
+        expected = getattr(jax.nn, activation)(sums)
+        np.testing.assert_allclose(product(x, w), expected, rtol=1e-5, atol=1e-6)
+
+
+@built
+def test_a_stack_of_biases_is_mapped_over():
+    layers = [condensed(3, (16, 8), seed) for seed in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    x, biases = normal(0, (3, 2, 16)), normal(1, (3, 8))
+
+    def product(x, w, bias):
+        return nm.matmul(x, w, bias=bias, activation="relu", implementation="native")
+
+    found = jax.vmap(product)(x, stack, biases)
+    for i, w in enumerate(layers):
+        expected = jax.nn.relu(x[i] @ w.todense() + biases[i])
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@built
 def test_there_is_a_library_where_there_is_a_compiler():
     library = native.load()
     assert library.problem == "" and library.instructions in native.INSTRUCTIONS
@@ -146,9 +220,10 @@ def test_no_rows_and_nan_are_multiplied_as_they_are():
     w = condensed(3, (16, 8))
     assert native.multiply(jnp.zeros((0, 16)), w).shape == (0, 8)
     x = jnp.zeros((1, 16)).at[0, int(w.indices[2, 0])].set(jnp.nan)
-    found = np.asarray(native.multiply(x, w))[0]
     reached = (np.asarray(w.indices) == int(w.indices[2, 0])).any(1)
-    np.testing.assert_array_equal(np.isnan(found), reached)
+    for activation in native.ACTIVATIONS:
+        found = np.asarray(native.multiply(x, w, activation=activation))[0]
+        np.testing.assert_array_equal(np.isnan(found), reached)
 
 
 @built
@@ -160,8 +235,9 @@ from nmjax.kernels import native
 rng = np.random.default_rng(0)
 keep = np.argsort(rng.random((256, 512)), 0) < 40
 w = formats.FanInArray.from_dense(jnp.asarray(keep * rng.normal(size=keep.shape), "f4"))
-x = jnp.asarray(rng.normal(size=(9, 256)), jnp.float32)
-print(np.asarray(native.multiply(x, w)).tobytes().hex())
+for rows in (1, 9, 65, 100):
+    x = jnp.asarray(rng.normal(size=(rows, 256)), jnp.float32)
+    print(np.asarray(native.multiply(x, w)).tobytes().hex())
 """
     # Each process may use other cores, and so has another number of threads.
     outputs = set()

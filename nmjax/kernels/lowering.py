@@ -15,7 +15,7 @@ from jax.interpreters import mlir
 from jaxtyping import Array
 
 from nmjax.formats import Compressed, PreparedArray
-from nmjax.kernels import choosing, reference
+from nmjax.kernels import choosing, native, reference
 from nmjax.kernels.settings import Settings, result_dtype
 
 _Product = Callable[[Array, Any, Array | None], Array]
@@ -121,12 +121,16 @@ def on_cpu(ctx: Any, settings: Settings) -> _Product:
     def product(x: Array, w: Compressed, bias: Array | None) -> Array:
         if isinstance(w, PreparedArray):
             w = w.canonical
-        if result_dtype(x, settings.epilogue.dtype) != x.dtype:
+        epilogue = settings.epilogue
+        if result_dtype(x, epilogue.dtype) != x.dtype:
             return _decompress(settings, x, w, bias)
         chosen = (
             "native" if native_only else choosing.choose(x, w, with_native=with_native)
         )
-        return settings.epilogue.finish(choosing.FORMS[chosen](x, w), bias)
+        if chosen == "native" and epilogue.activation in native.ACTIVATIONS:
+            activation = epilogue.activation
+            return native.multiply(x, w, bias=bias, activation=activation)
+        return epilogue.finish(choosing.FORMS[chosen](x, w), bias)
 
     return product
 

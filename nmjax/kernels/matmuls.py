@@ -28,8 +28,8 @@ def matmul(
     .. math:: y_{\ldots f} = \sigma \Bigl( \sum_k x_{\ldots k} w_{kf} + b_f \Bigr)
 
     Sums are added up in float32 or wider (int32 for int8), the result has x's dtype
-    where no other is asked for. A Pallas kernel adds the bias and applies the
-    activation before it rounds the sums.
+    where no other is asked for. Kernels add the bias and apply the activation (native
+    ones: relu) before they round the sums, which spares reading and writing them again.
 
     Derivatives of any order and mode reach x and the stored values: a compressed layer
     can be fine-tuned, and its zeros stay zero. The gradient is taken with the

@@ -19,6 +19,9 @@ from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
 from nmjax.formats.packing import code_bits
 
 INSTRUCTIONS = ("avx512", "avx2", "portable")
+ACTIVATIONS = (None, "relu")
+"""Activations that the kernels apply; others are left to XLA."""
+
 _FLOATS = ("float32", "bfloat16")
 
 
@@ -108,13 +111,20 @@ def refusal(x: Any, w: Compressed) -> str:
 
 
 def multiply(
-    x: Float[Array, "batch K"], w: Compressed, instructions: str = ""
+    x: Float[Array, "batch K"],
+    w: Compressed,
+    *,
+    bias: Float[Array, "F"] | None = None,
+    activation: str | None = None,
+    instructions: str = "",
 ) -> Float[Array, "batch F"]:
     """Multiply with the native kernel of a format.
 
     Args:
       x: inputs, float32 or bfloat16.
       w: a matrix that `refusal` has nothing against.
+      bias: None, or what is added to the sums, of x's dtype.
+      activation: one of `ACTIVATIONS`, applied to the sums before they are rounded.
       instructions: ``"avx512"``, ``"avx2"`` or ``"portable"``. Default: the best of
         this processor. Others than it has are an error when the product is computed.
 
@@ -135,10 +145,13 @@ def multiply(
     """
     if problem := refusal(x, w):
         raise NotImplementedError(problem)
-    name, operands, options = _call_of(w)
+    name, (values, scales, *places), options = _call_of(w)
+    options |= {"has_bias": bias is not None, "relu": activation == "relu"}
+    # There is no optional operand: without a bias the values stand in for it.
+    operands = (x, values, scales, values if bias is None else bias, *places)
     shape = jax.typeof(x).update(shape=(x.shape[0], w.shape[-1]))
     call = jax.ffi.ffi_call(f"nmjax_{name}", shape, vmap_method="broadcast_all")
-    return call(x, *operands, **options, instructions=instructions)
+    return call(*operands, **options, instructions=instructions)
 
 
 def multiply_expanded(
@@ -187,7 +200,7 @@ def multiply_expanded(
 
 def _call_of(w: Any) -> tuple[str, tuple[Array, ...], dict[str, Any]]:
     """Give the name of a format's kernels, their operands and their options."""
-    # There is no optional operand: without scales the values stand in for them.
+    # Without scales the values stand in for them.
     scales = w.values if w.scales is None else w.scales
     options: dict[str, Any] = {"has_scales": w.scales is not None}
     if isinstance(w, FanInArray):

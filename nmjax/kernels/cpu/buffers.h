@@ -116,10 +116,10 @@ static int64_t Length(ffi::AnyBuffer buffer, size_t from_end) {
   return buffer.dimensions()[buffer.dimensions().size() - from_end];
 }
 
-// Scales as floats, or null where there are none.
-class Scales {
+// Scales or biases as floats, or null where there are none.
+class Floats {
  public:
-  Scales(ffi::AnyBuffer buffer, bool present, int64_t count)
+  Floats(ffi::AnyBuffer buffer, bool present, int64_t count)
       : buffer_(buffer), count_(count), present_(present) {
     if (present) floats_ = Allocate(count);
   }

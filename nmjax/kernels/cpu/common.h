@@ -13,6 +13,12 @@ struct Bfloat16 {
 // How values, indices, inputs and outputs are stored.
 enum class Number { kFloat32, kBfloat16, kInt8, kUint8, kUint16, kUint32 };
 
+// What happens to the sum of an output before it is stored.
+struct Finish {
+  const float* bias;  // (outputs), or null
+  bool relu;
+};
+
 // y = x w for a constant fan-in: weights of one neuron after the other.
 struct FanInTask {
   const void* values;      // (neurons, fan_in)
@@ -28,6 +34,7 @@ struct FanInTask {
   void* y;       // (rows, outputs)
   Number out;    // kFloat32, kBfloat16
   int64_t outputs;
+  Finish finish;
 };
 
 // y = x w for n of every m inputs: weights of one output after the other.
@@ -43,6 +50,7 @@ struct GroupedTask {
   void* y;     // (rows, outputs)
   Number out;  // kFloat32, kBfloat16
   int64_t outputs;
+  Finish finish;
 };
 
 // y = x w for whole blocks of weights, sorted by column, then by row.
@@ -60,6 +68,7 @@ struct BlockTask {
   void* y;     // (rows, outputs)
   Number out;  // kFloat32, kBfloat16
   int64_t outputs;
+  Finish finish;
   const int32_t* columns;  // null: outputs are in order
 };
 

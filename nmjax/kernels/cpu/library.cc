@@ -36,7 +36,10 @@ static void MultiplyRows(const Layer<Task>& layer, Task task, int64_t begin,
   const int64_t inputs = layer.inputs;
   for (int64_t row = begin; row < end; row += width) {
     task.rows = std::min(width, end - row);
-    task.width = TileWidth(task.rows, inputs, layer.kernels.lanes);
+    // Few rows that are left take a narrow tile, but none that adds in another order:
+    // results shall not depend on the number of threads.
+    task.width = std::max(TileWidth(task.rows, inputs, layer.kernels.lanes),
+                          std::min<int64_t>(width, 2 * layer.kernels.lanes));
     const void* from = At(layer.x, row * inputs, layer.type);
     task.y = const_cast<char*>(At(layer.y, row * task.outputs, layer.type));
     task.x = tile;
@@ -79,10 +82,21 @@ static void Multiply(ffi::ThreadPool& pool, const Layer<Task>& layer, const Task
   });
 }
 
+// Write what ablated neurons put out, to all outputs.
+static void FillRows(const FanInTask& task, char* y, int64_t rows) {
+  if (rows == 0) return;
+  for (int64_t output = 0; output < task.outputs; ++output) {
+    portable::Put(y, task.out, output, portable::Finished(task.finish, output, 0.0f));
+  }
+  const int64_t bytes = task.outputs * Bytes(task.out);
+  for (int64_t row = 1; row < rows; ++row) std::memcpy(y + row * bytes, y, bytes);
+}
+
 static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                             ffi::AnyBuffer values, ffi::AnyBuffer scales,
-                            ffi::AnyBuffer indices, ffi::AnyBuffer neurons,
-                            ffi::Result<ffi::AnyBuffer> y, bool has_scales,
+                            ffi::AnyBuffer bias, ffi::AnyBuffer indices,
+                            ffi::AnyBuffer neurons, ffi::Result<ffi::AnyBuffer> y,
+                            bool has_scales, bool has_bias, bool relu,
                             std::string_view instructions) {
   const Kernels* kernels = Find(instructions);
   if (!kernels) return Unsupported("set of instructions on this processor");
@@ -96,17 +110,19 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   const int64_t alive = Length(values, 2);
   const Shares shares(pool, rows, inputs, kernels->lanes);
   Scratch tiles = Allocate(shares.count * shares.width * inputs);
-  Scales factors(scales, has_scales, alive);
-  if (!tiles || !factors) return OutOfMemory();
+  Floats factors(scales, has_scales, alive), offsets(bias, has_bias, outputs);
+  if (!tiles || !factors || !offsets) return OutOfMemory();
   task.outputs = outputs;
   task.out = x_type;
+  task.finish.relu = relu;
   const int64_t stack = Stack(x, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, indices, neurons, layer, outputs, &task);
     task.scales = factors.OfLayer(*kernels, layer);
+    task.finish.bias = offsets.OfLayer(*kernels, layer);
     const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
     char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
-    if (task.columns) std::memset(to, 0, rows * outputs * Bytes(x_type));
+    if (task.columns) FillRows(task, to, rows);
     Multiply<FanInTask>(pool,
                         {*kernels, kernels->fan_in, from, to, x_type, rows, inputs,
                          alive, alive * task.fan_in},
@@ -117,8 +133,9 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
 
 static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                              ffi::AnyBuffer values, ffi::AnyBuffer scales,
-                             ffi::AnyBuffer rows_of, ffi::AnyBuffer columns_of,
-                             ffi::Result<ffi::AnyBuffer> y, bool has_scales,
+                             ffi::AnyBuffer bias, ffi::AnyBuffer rows_of,
+                             ffi::AnyBuffer columns_of, ffi::Result<ffi::AnyBuffer> y,
+                             bool has_scales, bool has_bias, bool relu,
                              std::string_view instructions) {
   const Kernels* kernels = Find(instructions);
   if (!kernels) return Unsupported("set of instructions on this processor");
@@ -131,15 +148,17 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
   const Shares shares(pool, rows, inputs, kernels->lanes);
   Scratch tiles = Allocate(shares.count * shares.width * inputs);
-  Scales factors(scales, has_scales, task.blocks);
-  if (!tiles || !factors) return OutOfMemory();
+  Floats factors(scales, has_scales, task.blocks), offsets(bias, has_bias, outputs);
+  if (!tiles || !factors || !offsets) return OutOfMemory();
   task.outputs = outputs;
   task.out = x_type;
+  task.finish.relu = relu;
   const int64_t stack = Stack(x, 2);
   const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, rows_of, columns_of, layer, &task);
     task.scales = factors.OfLayer(*kernels, layer);
+    task.finish.bias = offsets.OfLayer(*kernels, layer);
     const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
     char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
     Multiply<BlockTask>(pool,
@@ -152,9 +171,10 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
 
 static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                               ffi::AnyBuffer values, ffi::AnyBuffer scales,
-                              ffi::AnyBuffer codes, ffi::Result<ffi::AnyBuffer> y,
-                              bool has_scales, int64_t n, int64_t m, int64_t bits,
-                              std::string_view instructions) {
+                              ffi::AnyBuffer bias, ffi::AnyBuffer codes,
+                              ffi::Result<ffi::AnyBuffer> y, bool has_scales,
+                              bool has_bias, bool relu, int64_t n, int64_t m,
+                              int64_t bits, std::string_view instructions) {
   const Kernels* kernels = Find(instructions);
   if (!kernels) return Unsupported("set of instructions on this processor");
   GroupedTask task;
@@ -169,12 +189,14 @@ static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   const int64_t outputs = task.outputs, count = task.rows * task.inputs;
   const bool widen = x_type != Number::kFloat32;
   Scratch wide = Allocate(widen ? count : 1);
-  Scales factors(scales, has_scales, outputs);
-  if (!wide || !factors) return OutOfMemory();
+  Floats factors(scales, has_scales, outputs), offsets(bias, has_bias, outputs);
+  if (!wide || !factors || !offsets) return OutOfMemory();
+  task.finish.relu = relu;
   const int64_t stack = Stack(x, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
     SetLayer(values, codes, layer, &task);
     task.scales = factors.OfLayer(*kernels, layer);
+    task.finish.bias = offsets.OfLayer(*kernels, layer);
     const void* from = At(x.untyped_data(), layer * count, x_type);
     if (widen) kernels->widen(from, x_type, wide.get(), count);
     task.x = widen ? wide.get() : static_cast<const float*>(from);
@@ -219,7 +241,7 @@ static ffi::Error ExpandFanInCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
     return Unsupported("dtype");
   }
   const int64_t alive = Length(values, 2), inputs = Length(*y, 1);
-  Scales factors(scales, has_scales, alive);
+  Floats factors(scales, has_scales, alive);
   if (!factors) return OutOfMemory();
   const int64_t stack = Stack(values, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
@@ -243,7 +265,7 @@ static ffi::Error ExpandGroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
     return Unsupported("dtype");
   }
   const int64_t inputs = Length(*y, 1);
-  Scales factors(scales, has_scales, task.outputs);
+  Floats factors(scales, has_scales, task.outputs);
   if (!factors) return OutOfMemory();
   const int64_t stack = Stack(values, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
@@ -271,7 +293,7 @@ static ffi::Error ExpandBlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
   const int64_t lines = Length(*y, 2), line = Length(*y, 1) * Bytes(task.out);
   task.outputs = outputs_first ? lines : Length(*y, 1);
   const int64_t inputs = outputs_first ? Length(*y, 1) : 0;
-  Scales factors(scales, has_scales, task.blocks);
+  Floats factors(scales, has_scales, task.blocks);
   if (!factors) return OutOfMemory();
   const int64_t stack = Stack(values, 3);
   for (int64_t layer = 0; layer < stack; ++layer) {
@@ -301,7 +323,8 @@ static auto Product() {
       .Ctx<xla::ffi::ThreadPool>()
       .Arg<Buffer>()   // x
       .Arg<Buffer>()   // values
-      .Arg<Buffer>();  // scales
+      .Arg<Buffer>()   // scales
+      .Arg<Buffer>();  // bias
 }
 
 static auto Expansion() {
@@ -317,6 +340,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_fan_in, nmjax::FanInCall,
                                   .Arg<Buffer>()
                                   .Ret<Buffer>()
                                   .Attr<bool>("has_scales")
+                                  .Attr<bool>("has_bias")
+                                  .Attr<bool>("relu")
                                   .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks, nmjax::BlocksCall,
@@ -325,6 +350,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks, nmjax::BlocksCall,
                                   .Arg<Buffer>()
                                   .Ret<Buffer>()
                                   .Attr<bool>("has_scales")
+                                  .Attr<bool>("has_bias")
+                                  .Attr<bool>("relu")
                                   .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_grouped, nmjax::GroupedCall,
@@ -332,6 +359,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_grouped, nmjax::GroupedCall,
                                   .Arg<Buffer>()
                                   .Ret<Buffer>()
                                   .Attr<bool>("has_scales")
+                                  .Attr<bool>("has_bias")
+                                  .Attr<bool>("relu")
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("m")
                                   .Attr<int64_t>("bits")
