@@ -133,14 +133,10 @@ def chain_of(
       product: of the last layer.
       activated: of the others, with ReLU at its end; default `jax.nn.relu` after it.
     """
-    if activated is None:
-
-        def activated(x: jax.Array, w: Any) -> jax.Array:
-            return jax.nn.relu(product(x, w))
 
     def chain(x: jax.Array, weights: Sequence[Any]) -> jax.Array:
         for w in weights[:-1]:
-            x = activated(x, w)
+            x = activated(x, w) if activated else jax.nn.relu(product(x, w))
         return product(x, weights[-1])
 
     return chain

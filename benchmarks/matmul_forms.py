@@ -40,7 +40,7 @@ def masked(x: jax.Array, w: tuple[jax.Array, jax.Array]) -> jax.Array:
     return x @ jnp.where(mask, dense, 0)
 
 
-PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {
+PRODUCTS: dict[str, Callable[..., Any]] = {
     "dense": lambda x, w: x @ w,
     "masked dense": masked,
     "nmjax": nm.matmul,
