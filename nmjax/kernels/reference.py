@@ -16,9 +16,8 @@ from jaxtyping import Array, Float, Num
 from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
 from nmjax.masking.ordering import sum_dtype
 
-
 _SLOTS = 12
-"""Slots that `by_slots` adds in a step: the fastest of 4 to 24 on a CPU with AVX-512."""
+"""Slots that `by_slots` adds in a step: of 4 to 24 the fastest with AVX-512."""
 
 
 def by_decompression(
