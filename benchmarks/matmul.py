@@ -23,13 +23,16 @@ Weights are passed in as arguments, peers keep x in the order that suits them, a
 form that takes longer than --patience seconds a call is left out.
 
 The bars at the end are what a release must keep on two cores. Dispatch reads what
---forms writes: after a change of kernels run the table first, and then everything.
+--forms writes: after a change of kernels run the table first, and then everything. On a
+noisy machine run it a few times, and let --runs take the medians.
 
     python benchmarks/matmul.py
     python benchmarks/matmul.py --peer-python ~/torch/bin/python --json matmul.json \
         --plot matmul.png --markdown matmul.md
     python benchmarks/matmul.py --section single nm
-    python benchmarks/matmul.py --section table --forms nmjax/kernels/cpu_forms.json
+    python benchmarks/matmul.py --section table --json first.json
+    python benchmarks/matmul.py --runs first.json second.json third.json \
+        --forms nmjax/kernels/cpu_forms.json
 """
 
 import argparse
@@ -296,7 +299,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", metavar="FILE", help="write the table of forms")
     parser.add_argument("--forms", metavar="FILE", help="write what dispatch reads")
     parser.add_argument("--smoke", action="store_true", help="tiny, for the tests")
+    parser.add_argument(
+        "--runs",
+        metavar="FILE",
+        nargs="+",
+        type=pathlib.Path,
+        help="time nothing: take the medians of what --json wrote in these runs",
+    )
     options = parser.parse_args(argv)
+    if options.runs:
+        runs = [json.loads(path.read_text()) for path in options.runs]
+        machine = runs[0]["machine"] | {"runs": str(len(runs))}
+        rows = matmul_report.medians_of([run["rows"] for run in runs])
+        results = write(options, machine, rows)
+    else:
+        results = run(options)
+    print(matmul_report.bars_to_text(results["bars"]))
+    if options.markdown:
+        text = matmul_report.to_markdown(results["best"], results["machine"])
+        pathlib.Path(options.markdown).write_text(text)
+    if options.forms:
+        table = [row for row in results["rows"] if row["section"] == "table"]
+        forms = matmul_report.to_forms(table, results["machine"])
+        pathlib.Path(options.forms).write_text(matmul_report.to_json(forms))
+    if options.plot:
+        processor = results["machine"]["processor"]
+        matmul_report.plot(results["rows"], options.plot, processor)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Time the sections that were asked for."""
     if not options.smoke:
         timing.keep_pages()
     machine = timing.describe() | {"threads": str(threads())}
@@ -305,30 +337,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark = Benchmark(options)
     if isinstance(benchmark.torch, timing.Peer):
         machine["torch"] = benchmark.torch.version
-    results: dict[str, Any] = {"machine": machine}
-    table = []
+    results: dict[str, Any] = {}
     for name in (name for name in SECTIONS if name in options.section):
         start = time.perf_counter()
         getattr(benchmark, name)()
         print(f"\n{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        rows = benchmark.rows
-        table = [row for row in rows if row["section"] == "table"]
-        results["bars"] = matmul_report.verdicts([] if options.smoke else rows)
-        results["best"] = matmul_report.best_forms(table)
-        results["rows"] = rows
-        if options.json:  # after each section: a run that is stopped has given some
-            pathlib.Path(options.json).write_text(matmul_report.to_json(results))
+        # After each section: a run that is stopped has given some.
+        results = write(options, machine, benchmark.rows)
     if isinstance(benchmark.torch, timing.Peer):
         benchmark.torch.close()
-    print(matmul_report.bars_to_text(results["bars"]))
-    if options.markdown:
-        text = matmul_report.to_markdown(results["best"], machine)
-        pathlib.Path(options.markdown).write_text(text)
-    if options.forms:
-        forms = matmul_report.to_forms(table, machine)
-        pathlib.Path(options.forms).write_text(matmul_report.to_json(forms))
-    if options.plot:
-        matmul_report.plot(benchmark.rows, options.plot, machine["processor"])
+    return results
+
+
+def write(
+    options: argparse.Namespace, machine: dict[str, str], rows: list[Any]
+) -> dict[str, Any]:
+    """Make results of rows, and write them where --json says."""
+    table = [row for row in rows if row["section"] == "table"]
+    results = {
+        "machine": machine,
+        "bars": matmul_report.verdicts([] if options.smoke else rows),
+        "best": matmul_report.best_forms(table),
+        "rows": rows,
+    }
+    if options.json:
+        pathlib.Path(options.json).write_text(matmul_report.to_json(results))
+    return results
 
 
 if __name__ == "__main__":

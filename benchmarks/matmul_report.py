@@ -14,7 +14,9 @@ Everything here is a pure function of rows.
 """
 
 import dataclasses
+import itertools
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ CELL = ("section", "layers", "format", "layout", "density", "values", "batch")
 
 LAYOUT = ("format", "layout", "values", "density")
 """Keys of a line of the table of best forms."""
+
+NUMBERS = ("ms", "ratio_to_float32", "ratio_to_dense", "low", "high", "limit_ms")
+"""Keys of what was measured."""
 
 PICKS = ("native", "expand", "slots", "blocks", "decompress")
 """Forms that dispatch can choose from."""
@@ -143,6 +148,31 @@ def cells_of(rows: Iterable[Row]) -> list[dict[str, Row]]:
     for row in rows:
         cells.setdefault(tuple(row[key] for key in CELL), {})[row["form"]] = row
     return list(cells.values())
+
+
+def medians_of(runs: Iterable[Iterable[Row]]) -> list[dict[str, Any]]:
+    """Combine runs, one of which may have caught a form at a bad moment.
+
+    Args:
+      runs: the rows of each run.
+
+    Returns:
+      A row for each form of each cell, with the medians of its numbers over the runs
+      that measured it.
+    """
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in itertools.chain.from_iterable(runs):
+        found.setdefault((*(row[key] for key in CELL), row["form"]), []).append(row)
+    combined = []
+    for rows in found.values():
+        measured = [row for row in rows if "ms" in row]
+        medians = {
+            key: statistics.median(row[key] for row in measured)
+            for key in NUMBERS
+            if measured
+        }
+        combined.append({**(measured or rows)[0], **medians})
+    return combined
 
 
 def bars_to_text(found: Iterable[Row]) -> str:

@@ -65,6 +65,15 @@ def test_smoke_run_writes_rows_table_and_plot(load, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "chain: 1 x (32 -> 64 -> 32), FanIn 0.1, float32, batch 1" in printed
     assert printed.count("not measured") == len(found["bars"])
+    again, run = tmp_path / "again.json", str(files["json"])
+    load("matmul").main(["--runs", run, run, "--forms", str(again)])
+    again = json.loads(again.read_text())
+    assert again["machine"] == found["machine"] | {"runs": "2"}
+    layouts = [
+        [{**entry, "ratios": set(entry["ratios"])} for entry in entries]
+        for entries in (again["rows"], forms)
+    ]
+    assert layouts[0] == layouts[1]
 
 
 # What is timed ----------------------------------------------------------------------
@@ -215,6 +224,16 @@ def test_best_form_is_the_fastest_that_dispatch_can_pick(load):
     shown = [(b["batch"], b["form"], b["speedup"], b["beats_dense"]) for b in best]
     assert shown == [(1, "native", 4.0, True), (8, "slots", 1 / 0.95, False)]
     assert set(best[0]) >= {"format", "layout", "density", "values"}
+
+
+def test_runs_are_combined_to_their_medians(load):
+    report = load("matmul_report")
+    runs = [[row("native", ratio), row("slots", absent="no")] for ratio in (3.0, 1.0)]
+    runs.append([row("native", 1.5), row("slots", 0.5), row("slots", 9.0, batch=8)])
+    native, slots, other = report.medians_of(runs)
+    assert native["ratio_to_dense"] == 1.5
+    assert slots["ratio_to_dense"] == 0.5 and "absent" not in slots
+    assert (other["batch"], other["ratio_to_dense"]) == (8, 9.0)
 
 
 def test_table_for_dispatch_has_the_ratios_of_a_cell(load):

@@ -76,30 +76,17 @@ def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F
       Training with Structured Sparsity", 2024, arXiv 2305.02299.
     """
     batch, outputs = x.shape[0], w.dense_shape[-1]
-    rows, weights = x.T.astype(sum_dtype(x.dtype)), w.weights
-
-    def add(total: Array, values: Array, indices: Array) -> Array:
-        for j in range(values.shape[1]):
-            # Indices were checked when the array was made.
-            gathered = rows.at[indices[:, j]].get(mode="promise_in_bounds")
-            total += values[:, j, None].astype(rows.dtype) * gathered
-        return total
-
-    def step(j: Array, total: Array) -> Array:
-        start = first + each * j
-        values = lax.dynamic_slice_in_dim(weights, start, each, axis=1)
-        indices = lax.dynamic_slice_in_dim(w.indices, start, each, axis=1)
-        return add(total, values, indices)
-
-    # A step adds several slots, or it would do little else than read and write sums.
-    # There are two steps at least: XLA would fuse a single one, which is no loop, with
-    # the transposition of the result, and compute it in an order that is slow.
-    each = max(1, min(_SLOTS, (w.fan_in - 1) // 2))
-    first = w.fan_in % each
-    # Under shard_map, zeros like the rows vary over the axes that these do.
-    total = jnp.zeros_like(rows, shape=(w.values.shape[0], batch))
-    total = add(total, weights[:, :first], w.indices[:, :first])
-    total = lax.fori_loop(0, w.fan_in // each, step, total)
+    rows = x.T.astype(sum_dtype(x.dtype))
+    neurons, tiles = w.values.shape[0], _tiles(w.values.shape[0], batch)
+    stored = [
+        array.reshape(tiles, neurons // tiles, w.fan_in)
+        for array in (w.weights, w.indices)
+    ]
+    if tiles == 1:
+        total = _sum_slots(rows, *(array[0] for array in stored))
+    else:
+        total = lax.map(lambda tile: _sum_slots(rows, *tile), stored)
+        total = total.reshape(neurons, batch)
     total = total.astype(x.dtype)
     if w.neurons.size < outputs:
         total = (
@@ -113,6 +100,44 @@ def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F
             )
         )
     return total.T
+
+
+def _tiles(neurons: int, batch: Any) -> int:
+    """Share out neurons so that the sums of a part stay in the second cache."""
+    if not isinstance(batch, int):  # symbolic in an export
+        return 1
+    least = max(1, -(-neurons * batch // 2**18))
+    return next((n for n in range(least, 2 * least) if neurons % n == 0), 1)
+
+
+def _sum_slots(rows: Array, values: Array, indices: Array) -> Array:
+    """Add up the slots of neurons: rows (K, batch), slots (neurons, fan-in)."""
+
+    def add(total: Array, values: Array, indices: Array) -> Array:
+        for j in range(values.shape[1]):
+            # Indices were checked when the array was made.
+            gathered = rows.at[indices[:, j]].get(mode="promise_in_bounds")
+            total += values[:, j, None].astype(rows.dtype) * gathered
+        return total
+
+    def step(j: Array, total: Array) -> Array:
+        start = first + each * j
+        return add(
+            total,
+            lax.dynamic_slice_in_dim(values, start, each, axis=1),
+            lax.dynamic_slice_in_dim(indices, start, each, axis=1),
+        )
+
+    # A step adds several slots, or it would do little else than read and write sums.
+    # There are two steps at least: XLA would fuse a single one, which is no loop, with
+    # the transposition of the result, and compute it in an order that is slow.
+    neurons, fan_in = values.shape
+    each = max(1, min(_SLOTS, (fan_in - 1) // 2))
+    first = fan_in % each
+    # Under shard_map, zeros like the rows vary over the axes that these do.
+    total = jnp.zeros_like(rows, shape=(neurons, rows.shape[1]))
+    total = add(total, values[:, :first], indices[:, :first])
+    return lax.fori_loop(0, fan_in // each, step, total)
 
 
 def by_blocks(x: Float[Array, "batch K"], w: BlockArray) -> Float[Array, "batch F"]:
