@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,29 +150,31 @@ def cells_of(rows: Iterable[Row]) -> list[dict[str, Row]]:
     return list(cells.values())
 
 
-def medians_of(runs: Iterable[Iterable[Row]]) -> list[dict[str, Any]]:
+def combined(
+    runs: Iterable[Iterable[Row]],
+    how: Callable[[Iterable[float]], float] = statistics.median,
+) -> list[dict[str, Any]]:
     """Combine runs, one of which may have caught a form at a bad moment.
 
     Args:
       runs: the rows of each run.
+      how: what to make of the numbers of several runs.
 
     Returns:
-      A row for each form of each cell, with the medians of its numbers over the runs
-      that measured it.
+      A row for each form of each cell, with numbers made of those of the runs that
+      measured it.
     """
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in itertools.chain.from_iterable(runs):
         found.setdefault((*(row[key] for key in CELL), row["form"]), []).append(row)
-    combined = []
+    out = []
     for rows in found.values():
         measured = [row for row in rows if "ms" in row]
-        medians = {
-            key: statistics.median(row[key] for row in measured)
-            for key in NUMBERS
-            if measured
+        numbers = {
+            key: how([row[key] for row in measured]) for key in NUMBERS if measured
         }
-        combined.append({**(measured or rows)[0], **medians})
-    return combined
+        out.append({**(measured or rows)[0], **numbers})
+    return out
 
 
 def bars_to_text(found: Iterable[Row]) -> str:

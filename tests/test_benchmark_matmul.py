@@ -230,10 +230,11 @@ def test_runs_are_combined_to_their_medians(load):
     report = load("matmul_report")
     runs = [[row("native", ratio), row("slots", absent="no")] for ratio in (3.0, 1.0)]
     runs.append([row("native", 1.5), row("slots", 0.5), row("slots", 9.0, batch=8)])
-    native, slots, other = report.medians_of(runs)
+    native, slots, other = report.combined(runs)
     assert native["ratio_to_dense"] == 1.5
     assert slots["ratio_to_dense"] == 0.5 and "absent" not in slots
     assert (other["batch"], other["ratio_to_dense"]) == (8, 9.0)
+    assert report.combined(runs, max)[0]["ratio_to_dense"] == 3.0
 
 
 def test_table_for_dispatch_has_the_ratios_of_a_cell(load):
