@@ -192,6 +192,13 @@ def test_matmul_leaves_relu_to_the_kernel_and_others_to_xla():
 
 
 @built
+def test_an_activation_that_kernels_do_not_apply_is_refused():
+    w, x = condensed(3, (16, 8)), normal(0, (2, 16))
+    with pytest.raises(ValueError, match="activation='silu' is none of"):
+        native.multiply(x, w, activation="silu")
+
+
+@built
 def test_a_stack_of_biases_is_mapped_over():
     layers = [condensed(3, (16, 8), seed) for seed in range(3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)

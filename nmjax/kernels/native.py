@@ -133,6 +133,7 @@ def multiply(
 
     Raises:
       NotImplementedError: what `refusal` says.
+      ValueError: an activation that the kernels do not apply.
 
     Example:
       >>> import jax.numpy as jnp
@@ -145,6 +146,11 @@ def multiply(
     """
     if problem := refusal(x, w):
         raise NotImplementedError(problem)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation={activation!r} is none of {ACTIVATIONS}: apply others to the "
+            "result"
+        )
     name, (values, scales, *places), options = _call_of(w)
     options |= {"has_bias": bias is not None, "relu": activation == "relu"}
     # There is no optional operand: without a bias the values stand in for it.
