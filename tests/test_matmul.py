@@ -463,3 +463,17 @@ def test_backends_name_what_matmul_takes():
     for platform in ("cpu", "tpu"):
         implementation = found[platform].implementation
         assert_close(nm.matmul(x, w, implementation=implementation), nm.matmul(x, w))
+
+
+@pytest.mark.parametrize("fan_in", [1, 2, 5, 13, 26])
+@pytest.mark.parametrize("neurons", [1024, 1032])
+def test_slots_of_many_neurons_and_rows_are_summed_in_parts(neurons, fan_in):
+    rng = np.random.default_rng(fan_in)
+    keep = np.argsort(rng.random((40, neurons)), axis=0) < fan_in
+    weights = np.where(keep, rng.normal(size=keep.shape), 0)
+    weights[:, 7] = 0  # ablated: 1023 are left, in 3 parts, or 1031, a prime, in one
+    x = rng.normal(size=(300, 40))
+    w = formats.FanInArray.from_dense(jnp.asarray(weights, jnp.float32))
+    assert reference._tiles(neurons - 1, 300) == {1024: 3, 1032: 1}[neurons]
+    found = jax.jit(reference.by_slots)(jnp.asarray(x, jnp.float32), w)
+    np.testing.assert_allclose(found, x @ weights, rtol=1e-4, atol=1e-4)
