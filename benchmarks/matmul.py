@@ -15,7 +15,8 @@ beside scipy, jax.experimental.sparse and torch, in one run:
   bfloat16), the next one each time, so that dense weights come from memory.
 
 "nmjax" is `nmjax.matmul` as users call it, "xla" and "native" are its implementations,
-"slots", "blocks" and "decompress" the forms in `nmjax.kernels.reference`. Speed-ups are
+"direct" and "expand" the forms of native kernels, "slots", "blocks" and "decompress"
+those in `nmjax.kernels.reference`. Speed-ups are
 over dense weights in the dtype of x. "limit" is what reading the bytes takes that a
 form has to touch, timed in the same run: small batches can come near to it, large ones
 have to compute. Results are compared with the dense ones before anything is timed.
@@ -52,6 +53,8 @@ import matmul_report
 import timing
 from matmul_cases import Case, Form, Unavailable
 from matmul_forms import BASE
+
+from nmjax.kernels import choosing
 
 SECTIONS = ("single", "chain", "nm", "block", "table")
 XLA = ("dense", "masked dense", "nmjax", "xla", "native")
@@ -202,7 +205,7 @@ class Benchmark:
     def table(self) -> None:
         """Time what dispatch can choose from."""
         scale = self.scale
-        names = ("dense", "masked dense", "nmjax", "native", "expand", "decompress")
+        names = ("dense", "masked dense", "nmjax", *choosing.NATIVE, "decompress")
 
         def case(*layout: Any, values: str = "float32") -> Case:
             # Twice as many layers in half the bytes exceed the cache too.

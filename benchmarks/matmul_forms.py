@@ -17,7 +17,7 @@ import timing
 from matmul_cases import Case, Form, Unavailable, Weights, chain_of, nbytes, short
 
 import nmjax as nm
-from nmjax.kernels import native, reference
+from nmjax.kernels import choosing, native, reference
 
 BASE = "dense float32"
 """The form that all ratios are taken to, whatever the dtype of the values is."""
@@ -46,7 +46,8 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
     "nmjax": nm.matmul,
     "xla": partial(nm.matmul, implementation="xla"),
     "native": partial(nm.matmul, implementation="native"),
-    "expand": native.multiply_expanded,
+    "direct": native.multiply,
+    "expand": partial(native.multiply, expand=True),
     "slots": reference.by_slots,
     "blocks": reference.by_blocks,
     "decompress": reference.by_decompression,
@@ -127,7 +128,7 @@ def forms_of(
             found[name] = short(error)
             continue
         except (TypeError, ValueError) as error:
-            if not name.startswith(("native", "expand")):
+            if not name.startswith(("native", *choosing.NATIVE)):
                 raise
             found[name] = short(error)
             continue

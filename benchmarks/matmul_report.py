@@ -34,7 +34,7 @@ LAYOUT = ("format", "layout", "values", "density")
 NUMBERS = ("ms", "ratio_to_float32", "ratio_to_dense", "low", "high", "limit_ms")
 """Keys of what was measured."""
 
-PICKS = ("native", "expand", "slots", "blocks", "decompress")
+PICKS = ("direct", "expand", "slots", "blocks", "decompress")
 """Forms that dispatch can choose from."""
 
 

@@ -214,15 +214,15 @@ def test_bars_ask_for_rows_that_the_benchmark_makes(load):
 def test_best_form_is_the_fastest_that_dispatch_can_pick(load):
     report = load("matmul_report")
     rows = [row("dense", 1.0), row("nmjax", 0.1), row("slots", 0.5)]
-    rows += [row("native", 0.25), row("decompress", 2.0)]
+    rows += [row("direct", 0.25), row("decompress", 2.0)]
     rows += [
         row("slots", 0.95, high=1.02, batch=8),
-        row("native", absent="no", batch=8),
+        row("direct", absent="no", batch=8),
     ]
-    rows += [row("native", absent="no", batch=64)]
+    rows += [row("direct", absent="no", batch=64)]
     best = report.best_forms(rows)
     shown = [(b["batch"], b["form"], b["speedup"], b["beats_dense"]) for b in best]
-    assert shown == [(1, "native", 4.0, True), (8, "slots", 1 / 0.95, False)]
+    assert shown == [(1, "direct", 4.0, True), (8, "slots", 1 / 0.95, False)]
     assert set(best[0]) >= {"format", "layout", "density", "values"}
 
 
@@ -239,11 +239,11 @@ def test_runs_are_combined_to_their_medians(load):
 
 def test_table_for_dispatch_has_the_ratios_of_a_cell(load):
     report = load("matmul_report")
-    rows = [row("dense", 1.0), row("slots", 0.5), row("native", 0.25004)]
+    rows = [row("dense", 1.0), row("slots", 0.5), row("direct", 0.25004)]
     rows += [row("slots", absent="no", batch=8), row("dense", 1.0, batch=8)]
     forms = report.to_forms(rows, {"device": "cpu"})
     keys = {"format": "FanIn", "layout": "", "values": "float32"}
-    keys |= {"density": 0.1, "batch": 1, "ratios": {"native": 0.25, "slots": 0.5}}
+    keys |= {"density": 0.1, "batch": 1, "ratios": {"direct": 0.25, "slots": 0.5}}
     assert forms == {"machine": {"device": "cpu"}, "rows": [keys]}
     text = report.to_json(forms)
     assert json.loads(text) == forms and len(text.splitlines()) == 8
@@ -256,13 +256,13 @@ def test_markdown_has_a_table_per_format_and_dashes(load):
     best = [fan_in | {"beats_dense": True}]
     best += [fan_in | {"batch": 8, "beats_dense": False}]
     halves = {"format": "NM", "layout": "2:4", "density": 0.5, "values": "bfloat16"}
-    best += [best[0] | halves | {"form": "native", "speedup": 3.0, "batch": 8}]
+    best += [best[0] | halves | {"form": "direct", "speedup": 3.0, "batch": 8}]
     best += [best[0] | {"format": "Block", "layout": "16x1"}]
     text = report.to_markdown(best, {"device": "cpu"})
     lines = text.splitlines()
     assert lines[0] == "Measured on device cpu."
     assert "| weights | 1 | 8 |" in lines and "| 10 % | slots 2.0x | – |" in lines
-    assert "| 2:4 bfloat16 | native 3.0x |" in lines
+    assert "| 2:4 bfloat16 | direct 3.0x |" in lines
     assert "| 16x1, 10 % | slots 2.0x |" in lines
     assert [ln for ln in lines if ln.startswith("#")] == [
         "### FanInArray",

@@ -72,6 +72,7 @@ def every_array():
         condensed(21, (300, 17), ablated=(0, 9)),
         dataclasses.replace(wide, indices=wide.indices.astype(jnp.uint32)),
         condensed(1, (20, 3)),
+        condensed(3, (30, 250)),
         *(grouped(n, m, (m * 41, 5)) for n, m in PATTERNS),
         *(blocked(outputs, inputs, (48, 80)) for outputs, inputs in SIZES),
     ]
@@ -85,14 +86,13 @@ def inputs_for(arrays, dtype):
 
 @jax.jit
 def dense_of(arrays):
-    """Give dense weights as they are, and with scaled values that are not rounded."""
-    exact = [
+    """Give dense weights, those of scaled values not rounded."""
+    return [
         w.todense()
         if w.scales is None
         else w.place(w.values.astype(jnp.float32) * w.scales.astype(jnp.float32))
         for w in arrays
     ]
-    return [w.todense() for w in arrays], exact
 
 
 def assert_products(found, dense, inputs, dtype):
@@ -113,7 +113,7 @@ def test_every_kernel_equals_an_oracle(dtype, quantized):
     if quantized:
         arrays = [formats.quantize(w) for w in arrays]
     inputs = inputs_for(arrays, dtype)
-    rounded, exact = dense_of(arrays)
+    dense = dense_of(arrays)
     sets = [name for name in native.INSTRUCTIONS if has(name)]
 
     @jax.jit  # one function for all: compilation is what takes long
@@ -122,14 +122,14 @@ def test_every_kernel_equals_an_oracle(dtype, quantized):
             pairs = zip(arrays, inputs, strict=True)
             return [[multiply(x, w) for x in xs] for w, xs in pairs]
 
-        kernels = (functools.partial(native.multiply, instructions=s) for s in sets)
-        return [each(kernel) for kernel in kernels], each(native.multiply_expanded)
+        return [
+            each(functools.partial(native.multiply, instructions=name, expand=expand))
+            for name in sets
+            for expand in (False, True)
+        ]
 
-    by_set, expanded = run(arrays, inputs)
-    for found in by_set:
-        assert_products(found, exact, inputs, dtype)
-    # These dense weights are rounded to their dtype before they are multiplied.
-    assert_products(expanded, rounded, inputs, dtype)
+    for found in run(arrays, inputs):
+        assert_products(found, dense, inputs, dtype)
 
 
 @built
@@ -152,14 +152,15 @@ def test_a_bias_and_relu_follow_the_sums(dtype, activation):
 
     @jax.jit
     def run(arrays, biases, inputs):
-        def each(name):
+        def each(name, expand):
             options = {"instructions": name, "activation": activation}
+            options |= {"expand": expand}
             return [
                 [native.multiply(x, w, bias=bias, **options) for x in xs]
                 for w, bias, xs in zip(arrays, biases, inputs, strict=True)
             ]
 
-        return [each(name) for name in sets]
+        return [each(name, expand) for name in sets for expand in (False, True)]
 
     for found in run(arrays, biases, inputs):
         for w, bias, xs, outs in zip(arrays, biases, inputs, found, strict=True):
@@ -225,7 +226,8 @@ def test_there_is_a_library_where_there_is_a_compiler():
 @built
 def test_no_rows_and_nan_are_multiplied_as_they_are():
     w = condensed(3, (16, 8))
-    assert native.multiply(jnp.zeros((0, 16)), w).shape == (0, 8)
+    for expand in (False, True):
+        assert native.multiply(jnp.zeros((0, 16)), w, expand=expand).shape == (0, 8)
     x = jnp.zeros((1, 16)).at[0, int(w.indices[2, 0])].set(jnp.nan)
     reached = (np.asarray(w.indices) == int(w.indices[2, 0])).any(1)
     for activation in native.ACTIVATIONS:
@@ -244,7 +246,8 @@ keep = np.argsort(rng.random((256, 512)), 0) < 40
 w = formats.FanInArray.from_dense(jnp.asarray(keep * rng.normal(size=keep.shape), "f4"))
 for rows in (1, 9, 65, 100):
     x = jnp.asarray(rng.normal(size=(rows, 256)), jnp.float32)
-    print(np.asarray(native.multiply(x, w)).tobytes().hex())
+    for expand in (False, True):
+        print(np.asarray(native.multiply(x, w, expand=expand)).tobytes().hex())
 """
     # Each process may use other cores, and so has another number of threads.
     outputs = set()
@@ -390,36 +393,36 @@ def test_the_table_is_whole():
 def test_the_fastest_measured_form_that_serves_is_chosen(monkeypatch):
     rows = {
         ("FanIn", "", "float32", 0.1, 1): {
-            "native": 0.2,
+            "direct": 0.2,
             "slots": 0.8,
             "decompress": 3.0,
         },
         ("FanIn", "", "float32", 0.1, 64): {
-            "native": 0.5,
+            "direct": 0.5,
             "slots": 0.4,
             "decompress": 2.0,
         },
-        ("FanIn", "", "float32", 0.5, 64): {"native": 2.0, "expand": 1.2, "slots": 3.0},
-        ("NM", "2:4", "float32", 0.5, 1): {"native": 0.6, "decompress": 4.0},
+        ("FanIn", "", "float32", 0.5, 64): {"direct": 2.0, "expand": 1.2, "slots": 3.0},
+        ("NM", "2:4", "float32", 0.5, 1): {"direct": 0.6, "decompress": 4.0},
         ("Block", "16x1", "float32", 0.1, 1): {"blocks": 0.1, "decompress": 2.0},
         ("Block", "32x32", "float32", 0.1, 1): {"blocks": 1.4, "decompress": 1.3},
     }
     monkeypatch.setattr(choosing, "table", lambda: rows)
     w = condensed(2, (20, 8))
     one, many = jnp.ones((1, 20)), jnp.ones((100, 20))
-    assert choosing.choose(one, w) == "native"
-    assert choosing.choose(one, w, with_native=False) == "slots"
+    assert choosing.choose(one, w) == "direct"
+    assert choosing.choose(one, w, choosing.XLA) == "slots"
     assert choosing.choose(many, w) == "slots"
     assert choosing.relative_time(many, w) == 0.4
     assert choosing.choose(many, condensed(10, (20, 8))) == "expand"
-    found = choosing.choose(many, condensed(10, (20, 8)), with_native=False)
+    found = choosing.choose(many, condensed(10, (20, 8)), choosing.XLA)
     assert found == "slots"
     half = condensed(2, (20, 8)).astype(jnp.float16)
     assert choosing.choose(one.astype(jnp.float16), half) == "slots"
-    assert choosing.choose(one, grouped(2, 4, (20, 8))) == "native"
-    other = grouped(2, 5, (20, 8))
-    assert choosing.choose(one, other) == "decompress"
-    assert choosing.relative_time(one, other) == np.inf
+    assert choosing.choose(one, grouped(2, 4, (20, 8))) == "direct"
+    # Another pattern is like the one that is about as dense, another format is not.
+    assert choosing.layout_of(grouped(2, 5, (20, 8))) == ("NM", "2:4")
+    assert choosing.choose(one, grouped(2, 5, (20, 8))) == "direct"
     lines = formats.BlockArray.from_dense(jnp.eye(20, 8), 8, 1)
     squares = formats.BlockArray.from_dense(jnp.ones((32, 32)), 16, 16)
     assert choosing.choose(one, lines) == "blocks"
@@ -441,7 +444,7 @@ def test_a_missing_library_leaves_the_forms_in_xla(monkeypatch):
 def test_dispatch_uses_the_native_kernel_where_the_table_says_so(monkeypatch):
     w, x = KINDS["nm"](), normal(1, (1, 16))
     for ratio, count in ((0.5, 1), (5.0, 0)):
-        rows = {("NM", "2:4", "float32", 0.5, 1): {"native": ratio, "decompress": 1.0}}
+        rows = {("NM", "2:4", "float32", 0.5, 1): {"direct": ratio, "decompress": 1.0}}
         monkeypatch.setattr(choosing, "table", lambda rows=rows: rows)
         jax.clear_caches()
         expected = 0 if native.load().problem else count

@@ -8,7 +8,7 @@ import functools
 import importlib.resources
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jaxtyping import Array
@@ -16,9 +16,9 @@ from jaxtyping import Array
 from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
 from nmjax.kernels import native, reference
 
-FORMS: dict[str, Callable[[Array, Any], Array]] = {
-    "native": native.multiply,
-    "expand": native.multiply_expanded,
+FORMS: dict[str, Callable[..., Array]] = {
+    "direct": native.multiply,
+    "expand": functools.partial(native.multiply, expand=True),
     "slots": reference.by_slots,
     "blocks": reference.by_blocks,
     "decompress": reference.by_decompression,
@@ -26,8 +26,11 @@ FORMS: dict[str, Callable[[Array, Any], Array]] = {
 """Ways to multiply x ``(batch, K)`` with a compressed ``(K, F)``."""
 
 
-NATIVE = ("native", "expand")
-"""Those that need the native library."""
+NATIVE = ("direct", "expand")
+"""Those that are kernels of the native library."""
+
+XLA = ("slots", "blocks", "decompress")
+"""Those in XLA operations; the last one serves everything."""
 
 
 def refusal(form: str, x: Any, w: Compressed) -> str:
@@ -58,16 +61,16 @@ def refusal(form: str, x: Any, w: Compressed) -> str:
     return ""
 
 
-def choose(x: Any, w: Compressed, *, with_native: bool = True) -> str:
+def choose(x: Any, w: Compressed, among: Collection[str] = (*XLA, *NATIVE)) -> str:
     """Choose the form that was fastest for the most similar product.
 
     Args:
       x: inputs ``(batch, K)``, an array or its shape and dtype.
       w: compressed, of dense shape ``(K, F)``.
-      with_native: whether the native kernels may be chosen.
+      among: keys of `FORMS`, at least one of which serves the product.
 
     Returns:
-      A key of `FORMS`.
+      One of them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,7 +80,8 @@ def choose(x: Any, w: Compressed, *, with_native: bool = True) -> str:
       >>> choosing.choose(jnp.ones((1, 4)), w) in choosing.FORMS
       True
     """
-    return min(_served(x, w, with_native).items(), key=lambda pair: pair[1])[0]
+    served = _served(x, w, among)
+    return min(served, key=lambda form: served[form])
 
 
 def relative_time(x: Any, w: Compressed) -> float:
@@ -99,16 +103,14 @@ def relative_time(x: Any, w: Compressed) -> float:
       >>> choosing.relative_time(jnp.ones((1, 4)), w) > 0
       True
     """
-    return min(_served(x, w, True).values())
+    return min(_served(x, w, FORMS).values())
 
 
-def _served(x: Any, w: Compressed, with_native: bool) -> dict[str, float]:
+def _served(x: Any, w: Compressed, among: Collection[str]) -> dict[str, float]:
     """Give the relative times of the forms that serve a product."""
-    ratios = {"decompress": math.inf} | _measured(x, w)
+    measured = _measured(x, w)
     return {
-        form: ratio
-        for form, ratio in ratios.items()
-        if (with_native or form not in NATIVE) and not refusal(form, x, w)
+        form: measured.get(form, math.inf) for form in among if not refusal(form, x, w)
     }
 
 
@@ -141,18 +143,24 @@ def layout_of(w: Compressed) -> tuple[str, str]:
       w: a compressed array.
 
     Returns:
-      ``("FanIn", "")``, ``("NM", "2:4")`` or ``("Block", "16x1")``: outputs x inputs,
-      the most similar size that was measured.
+      ``("FanIn", "")``, ``("NM", "2:4")`` or ``("Block", "16x1")`` (outputs x inputs):
+      the most similar pattern or size that was measured.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from nmjax import formats
       >>> from nmjax.kernels import choosing
-      >>> choosing.layout_of(formats.NMArray.from_dense(jnp.zeros((4, 2)), 1, 2))
-      ('NM', '1:2')
+      >>> choosing.layout_of(formats.NMArray.from_dense(jnp.zeros((16, 2)), 2, 16))
+      ('NM', '1:8')
     """
     if isinstance(w, NMArray):
-        return "NM", f"{w.n}:{w.m}"
+        patterns = {key[1] for key in table() if key[0] == "NM"}
+
+        def unlike(pattern: str) -> tuple[float, float]:
+            n, m = map(int, pattern.split(":"))
+            return abs(math.log(n / m * w.m / w.n)), abs(math.log(m / w.m))
+
+        return "NM", min(sorted(patterns), key=unlike, default="")
     if not isinstance(w, BlockArray):
         return "FanIn", ""
     *_, inputs, outputs = w.values.shape
@@ -178,7 +186,7 @@ def table() -> dict[_Key, dict[str, float]]:
 
     Example:
       >>> from nmjax.kernels import choosing
-      >>> "native" in choosing.table()["FanIn", "", "float32", 0.1, 1]
+      >>> "direct" in choosing.table()["FanIn", "", "float32", 0.1, 1]
       True
     """
     text = importlib.resources.files("nmjax.kernels").joinpath("cpu_forms.json")

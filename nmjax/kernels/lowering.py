@@ -95,7 +95,7 @@ def _decompress(
 
 
 def on_cpu(ctx: Any, settings: Settings) -> _Product:
-    """Select the product for a CPU: what `choosing.choose` says.
+    """Select the product for a CPU: what `choosing.choose` says, of what may serve.
 
     XLA cannot partition a native kernel over devices, and an exported program has to
     run where there is none: there the forms in XLA operations serve.
@@ -116,7 +116,9 @@ def on_cpu(ctx: Any, settings: Settings) -> _Product:
     native_only = settings.form == "native"
     if native_only and obstacle:
         raise NotImplementedError(f"implementation='native': {obstacle}")
-    with_native = settings.form is None and not obstacle
+    among = choosing.NATIVE
+    if not native_only:
+        among = choosing.XLA if settings.form or obstacle else (*choosing.XLA, *among)
 
     def product(x: Array, w: Compressed, bias: Array | None) -> Array:
         if isinstance(w, PreparedArray):
@@ -124,13 +126,11 @@ def on_cpu(ctx: Any, settings: Settings) -> _Product:
         epilogue = settings.epilogue
         if result_dtype(x, epilogue.dtype) != x.dtype:
             return _decompress(settings, x, w, bias)
-        chosen = (
-            "native" if native_only else choosing.choose(x, w, with_native=with_native)
-        )
-        if chosen == "native" and epilogue.activation in native.ACTIVATIONS:
-            activation = epilogue.activation
-            return native.multiply(x, w, bias=bias, activation=activation)
-        return epilogue.finish(choosing.FORMS[chosen](x, w), bias)
+        form = choosing.choose(x, w, among)
+        multiply, activation = choosing.FORMS[form], epilogue.activation
+        if form in choosing.NATIVE and activation in native.ACTIVATIONS:
+            return multiply(x, w, bias=bias, activation=activation)
+        return epilogue.finish(multiply(x, w), bias)
 
     return product
 

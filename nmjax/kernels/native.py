@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
 from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
@@ -63,9 +62,8 @@ def load() -> Library:
     try:
         library = ctypes.CDLL(str(path))
         for name in ("fan_in", "grouped", "blocks"):
-            for handler in (f"nmjax_{name}", f"nmjax_expand_{name}"):
-                capsule = jax.ffi.pycapsule(getattr(library, handler))
-                jax.ffi.register_ffi_target(handler, capsule, platform="cpu")
+            capsule = jax.ffi.pycapsule(getattr(library, f"nmjax_{name}"))
+            jax.ffi.register_ffi_target(f"nmjax_{name}", capsule, platform="cpu")
         library.nmjax_instructions.restype = ctypes.c_char_p
         return Library(library.nmjax_instructions().decode(), "")
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
@@ -116,6 +114,7 @@ def multiply(
     *,
     bias: Float[Array, "F"] | None = None,
     activation: str | None = None,
+    expand: bool = False,
     instructions: str = "",
 ) -> Float[Array, "batch F"]:
     """Multiply with the native kernel of a format.
@@ -125,6 +124,9 @@ def multiply(
       w: a matrix that `refusal` has nothing against.
       bias: None, or what is added to the sums, of x's dtype.
       activation: one of `ACTIVATIONS`, applied to the sums before they are rounded.
+      expand: whether dense weights are made for this product, some outputs at a time,
+        in float32: faster for many rows and weights that are not sparse. An input that
+        is infinite or NaN then reaches every output, as it does with dense weights.
       instructions: ``"avx512"``, ``"avx2"`` or ``"portable"``. Default: the best of
         this processor. Others than it has are an error when the product is computed.
 
@@ -152,56 +154,13 @@ def multiply(
             "result"
         )
     name, (values, scales, *places), options = _call_of(w)
-    options |= {"has_bias": bias is not None, "relu": activation == "relu"}
+    finish = {"has_bias": bias is not None, "relu": activation == "relu"}
+    options |= finish | {"expand": expand}
     # There is no optional operand: without a bias the values stand in for it.
     operands = (x, values, scales, values if bias is None else bias, *places)
     shape = jax.typeof(x).update(shape=(x.shape[0], w.shape[-1]))
     call = jax.ffi.ffi_call(f"nmjax_{name}", shape, vmap_method="broadcast_all")
     return call(*operands, **options, instructions=instructions)
-
-
-def multiply_expanded(
-    x: Float[Array, "batch K"], w: Compressed
-) -> Float[Array, "batch F"]:
-    """Decompress with a native kernel and multiply the dense weights in XLA.
-
-    Args:
-      x: inputs, float32 or bfloat16.
-      w: a matrix that `refusal` has nothing against.
-
-    Returns:
-      The product, summed in float32.
-
-    Raises:
-      NotImplementedError: what `refusal` says.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from nmjax import formats
-      >>> from nmjax.kernels import native
-      >>> w = formats.FanInArray.from_dense(jnp.array([[0.0, 2.0], [1.0, 0.0]]))
-      >>> x = jnp.array([[3.0, 5.0]])
-      >>> missing = bool(native.load().problem)
-      >>> (x @ w.todense() if missing else native.multiply_expanded(x, w)).tolist()
-      [[5.0, 6.0]]
-    """
-    if problem := refusal(x, w):
-        raise NotImplementedError(problem)
-    name, operands, options = _call_of(w)
-    # What is stored together stays together in memory.
-    outputs_first = True
-    if isinstance(w, BlockArray):
-        *_, inputs, outputs = w.values.shape
-        outputs_first = options["outputs_first"] = inputs > outputs
-    shape = w.shape[::-1] if outputs_first else w.shape
-    out = jax.typeof(w.values).update(shape=shape, dtype=w.dtype)
-    call = jax.ffi.ffi_call(f"nmjax_expand_{name}", out, vmap_method="broadcast_all")
-    dense = call(*operands, **options)
-    axis = 1 if outputs_first else 0
-    sums = lax.dot_general(
-        x, dense, (((1,), (axis,)), ((), ())), preferred_element_type=np.float32
-    )
-    return sums.astype(x.dtype)
 
 
 def _call_of(w: Any) -> tuple[str, tuple[Array, ...], dict[str, Any]]:

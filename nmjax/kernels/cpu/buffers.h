@@ -166,6 +166,7 @@ static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer indices,
 
 static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer codes, int64_t n, int64_t m,
                      int64_t bits, GroupedTask* task) {
+  task->columns = nullptr;
   task->n = n;
   task->m = m;
   task->bits = bits;

@@ -51,6 +51,7 @@ struct GroupedTask {
   Number out;  // kFloat32, kBfloat16
   int64_t outputs;
   Finish finish;
+  const int32_t* columns;  // null: outputs are in order
 };
 
 // y = x w for whole blocks of weights, sorted by column, then by row.
@@ -72,6 +73,24 @@ struct BlockTask {
   const int32_t* columns;  // null: outputs are in order
 };
 
+// Outputs whose dense weights are expanded at a time: a multiple of kDenseStep, of which
+// what the kernels take together is a divisor.
+constexpr int64_t kDenseStep = 12, kDensePanel = 4 * kDenseStep;
+
+// y = x w for dense weights of at most kDensePanel outputs.
+struct DenseTask {
+  const float* weights;  // (those outputs, filled up to a multiple of kDenseStep, stride)
+  int64_t stride;
+  const float* x;  // transposed, (inputs, width)
+  int64_t inputs, width;
+  int64_t rows;  // rows of y, at most width
+  void* y;       // (rows, outputs)
+  Number out;    // kFloat32, kBfloat16
+  int64_t outputs;
+  Finish finish;
+  const int32_t* columns;  // column of each output in y, or null: in order
+};
+
 // An unsigned index of any width.
 static inline uint64_t Index(const void* indices, Number type, int64_t i) {
   switch (type) {
@@ -79,6 +98,20 @@ static inline uint64_t Index(const void* indices, Number type, int64_t i) {
     case Number::kUint16: return static_cast<const uint16_t*>(indices)[i];
     default: return static_cast<const uint32_t*>(indices)[i];
   }
+}
+
+// Blocks are sorted by column: the first one that is not before `column`.
+static inline int64_t FirstBlock(const BlockTask& task, uint64_t column) {
+  int64_t from = 0, to = task.blocks;
+  while (from < to) {
+    const int64_t middle = (from + to) / 2;
+    if (Index(task.columns_of, task.column_index, middle) < column) {
+      from = middle + 1;
+    } else {
+      to = middle;
+    }
+  }
+  return from;
 }
 
 }  // namespace nmjax

@@ -12,6 +12,19 @@
 
 namespace nmjax {
 
+// Dense weights of some outputs, in lines.
+template <class Task>
+using ExpandKernel = void (*)(const Task&, int64_t, int64_t, int64_t, int64_t, float*);
+struct Expansions {
+  ExpandKernel<FanInTask> fan_in;
+  ExpandKernel<GroupedTask> grouped;
+  ExpandKernel<BlockTask> blocks;
+
+  ExpandKernel<FanInTask> Of(const FanInTask&) const { return fan_in; }
+  ExpandKernel<GroupedTask> Of(const GroupedTask&) const { return grouped; }
+  ExpandKernel<BlockTask> Of(const BlockTask&) const { return blocks; }
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -21,6 +34,8 @@ struct Kernels {
   void (*fan_in)(const FanInTask&, int64_t, int64_t);
   void (*grouped)(const GroupedTask&, int64_t, int64_t);
   void (*blocks)(const BlockTask&, int64_t, int64_t);
+  void (*dense)(const DenseTask&, int64_t, int64_t);
+  Expansions expand;
 };
 
 namespace portable {

@@ -8,7 +8,7 @@
 
 #include "buffers.h"
 #include "common.h"
-#include "expand.h"
+#include "expanded.h"
 #include "instructions.h"
 #include "threads.h"
 
@@ -96,7 +96,7 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                             ffi::AnyBuffer values, ffi::AnyBuffer scales,
                             ffi::AnyBuffer bias, ffi::AnyBuffer indices,
                             ffi::AnyBuffer neurons, ffi::Result<ffi::AnyBuffer> y,
-                            bool has_scales, bool has_bias, bool relu,
+                            bool has_scales, bool has_bias, bool relu, bool expand,
                             std::string_view instructions) {
   const Kernels* kernels = Find(instructions);
   if (!kernels) return Unsupported("set of instructions on this processor");
@@ -109,9 +109,10 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
   const int64_t alive = Length(values, 2);
   const Shares shares(pool, rows, inputs, kernels->lanes);
-  Scratch tiles = Allocate(shares.count * shares.width * inputs);
+  Scratch tiles = Allocate(expand ? 1 : shares.count * shares.width * inputs);
+  Expanded expanded(pool, *kernels, expand, rows, inputs, alive);
   Floats factors(scales, has_scales, alive), offsets(bias, has_bias, outputs);
-  if (!tiles || !factors || !offsets) return OutOfMemory();
+  if (!tiles || !expanded || !factors || !offsets) return OutOfMemory();
   task.outputs = outputs;
   task.out = x_type;
   task.finish.relu = relu;
@@ -123,6 +124,10 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
     const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
     char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
     if (task.columns) FillRows(task, to, rows);
+    if (expand) {
+      expanded.Multiply(task, from, to);
+      continue;
+    }
     Multiply<FanInTask>(pool,
                         {*kernels, kernels->fan_in, from, to, x_type, rows, inputs,
                          alive, alive * task.fan_in},
@@ -135,7 +140,7 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                              ffi::AnyBuffer values, ffi::AnyBuffer scales,
                              ffi::AnyBuffer bias, ffi::AnyBuffer rows_of,
                              ffi::AnyBuffer columns_of, ffi::Result<ffi::AnyBuffer> y,
-                             bool has_scales, bool has_bias, bool relu,
+                             bool has_scales, bool has_bias, bool relu, bool expand,
                              std::string_view instructions) {
   const Kernels* kernels = Find(instructions);
   if (!kernels) return Unsupported("set of instructions on this processor");
@@ -147,9 +152,10 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   }
   const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
   const Shares shares(pool, rows, inputs, kernels->lanes);
-  Scratch tiles = Allocate(shares.count * shares.width * inputs);
+  Scratch tiles = Allocate(expand ? 1 : shares.count * shares.width * inputs);
+  Expanded expanded(pool, *kernels, expand, rows, inputs, outputs);
   Floats factors(scales, has_scales, task.blocks), offsets(bias, has_bias, outputs);
-  if (!tiles || !factors || !offsets) return OutOfMemory();
+  if (!tiles || !expanded || !factors || !offsets) return OutOfMemory();
   task.outputs = outputs;
   task.out = x_type;
   task.finish.relu = relu;
@@ -161,6 +167,10 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
     task.finish.bias = offsets.OfLayer(*kernels, layer);
     const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
     char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
+    if (expand) {
+      expanded.Multiply(task, from, to);
+      continue;
+    }
     Multiply<BlockTask>(pool,
                         {*kernels, kernels->blocks, from, to, x_type, rows, inputs,
                          outputs, work},
@@ -173,8 +183,8 @@ static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                               ffi::AnyBuffer values, ffi::AnyBuffer scales,
                               ffi::AnyBuffer bias, ffi::AnyBuffer codes,
                               ffi::Result<ffi::AnyBuffer> y, bool has_scales,
-                              bool has_bias, bool relu, int64_t n, int64_t m,
-                              int64_t bits, std::string_view instructions) {
+                              bool has_bias, bool relu, bool expand, int64_t n,
+                              int64_t m, int64_t bits, std::string_view instructions) {
   const Kernels* kernels = Find(instructions);
   if (!kernels) return Unsupported("set of instructions on this processor");
   GroupedTask task;
@@ -188,9 +198,10 @@ static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   task.out = x_type;
   const int64_t outputs = task.outputs, count = task.rows * task.inputs;
   const bool widen = x_type != Number::kFloat32;
-  Scratch wide = Allocate(widen ? count : 1);
+  Scratch wide = Allocate(widen && !expand ? count : 1);
+  Expanded expanded(pool, *kernels, expand, task.rows, task.inputs, outputs);
   Floats factors(scales, has_scales, outputs), offsets(bias, has_bias, outputs);
-  if (!wide || !factors || !offsets) return OutOfMemory();
+  if (!wide || !expanded || !factors || !offsets) return OutOfMemory();
   task.finish.relu = relu;
   const int64_t stack = Stack(x, 2);
   for (int64_t layer = 0; layer < stack; ++layer) {
@@ -198,115 +209,18 @@ static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
     task.scales = factors.OfLayer(*kernels, layer);
     task.finish.bias = offsets.OfLayer(*kernels, layer);
     const void* from = At(x.untyped_data(), layer * count, x_type);
+    char* to = const_cast<char*>(
+        At(y->untyped_data(), layer * task.rows * outputs, x_type));
+    if (expand) {
+      expanded.Multiply(task, from, to);
+      continue;
+    }
     if (widen) kernels->widen(from, x_type, wide.get(), count);
     task.x = widen ? wide.get() : static_cast<const float*>(from);
-    task.y = const_cast<char*>(
-        At(y->untyped_data(), layer * task.rows * outputs, x_type));
+    task.y = to;
     const int64_t chunk = ChunkOf(pool, outputs, outputs * task.kept * task.rows / 8);
     ParallelFor(pool, (outputs + chunk - 1) / chunk, [=](int64_t i) {
       kernels->grouped(task, i * chunk, std::min(outputs, (i + 1) * chunk));
-    });
-  }
-  return ffi::Error::Success();
-}
-
-// Dense weights ---------------------------------------------------------------------
-
-// Expand `count` neurons, outputs or blocks in parallel.
-template <class Expand>
-static void ExpandAll(ffi::ThreadPool& pool, int64_t count, int64_t work,
-                      const Expand& expand) {
-  const int64_t chunk = ChunkOf(pool, count, work);
-  ParallelFor(pool, (count + chunk - 1) / chunk, [=](int64_t i) {
-    expand(i * chunk, std::min(count, (i + 1) * chunk));
-  });
-}
-
-// Bytes of one dense array of a stack, all of them zero.
-static char* Zeros(ffi::Result<ffi::AnyBuffer> y, int64_t layer, Number type,
-                   bool clear) {
-  const int64_t count = Length(*y, 2) * Length(*y, 1);
-  char* start = const_cast<char*>(At(y->untyped_data(), layer * count, type));
-  if (clear) std::memset(start, 0, count * Bytes(type));
-  return start;
-}
-
-static ffi::Error ExpandFanInCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
-                                  ffi::AnyBuffer scales, ffi::AnyBuffer indices,
-                                  ffi::AnyBuffer neurons,
-                                  ffi::Result<ffi::AnyBuffer> y, bool has_scales) {
-  FanInTask task;
-  if (!Describe(values, indices, neurons, &task) ||
-      !AsNumber(y->element_type(), &task.out)) {
-    return Unsupported("dtype");
-  }
-  const int64_t alive = Length(values, 2), inputs = Length(*y, 1);
-  Floats factors(scales, has_scales, alive);
-  if (!factors) return OutOfMemory();
-  const int64_t stack = Stack(values, 2);
-  for (int64_t layer = 0; layer < stack; ++layer) {
-    SetLayer(values, indices, neurons, layer, Length(*y, 2), &task);
-    task.scales = factors.OfLayer(portable::kKernels, layer);
-    task.y = Zeros(y, layer, task.out, task.columns != nullptr);
-    ExpandAll(pool, alive, alive * inputs, [=](int64_t begin, int64_t end) {
-      NMJAX_EXPAND(FanIn, task, inputs, begin, end);
-    });
-  }
-  return ffi::Error::Success();
-}
-
-static ffi::Error ExpandGroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
-                                    ffi::AnyBuffer scales, ffi::AnyBuffer codes,
-                                    ffi::Result<ffi::AnyBuffer> y, bool has_scales,
-                                    int64_t n, int64_t m, int64_t bits) {
-  GroupedTask task;
-  if (!Describe(values, codes, n, m, bits, &task) ||
-      !AsNumber(y->element_type(), &task.out)) {
-    return Unsupported("dtype");
-  }
-  const int64_t inputs = Length(*y, 1);
-  Floats factors(scales, has_scales, task.outputs);
-  if (!factors) return OutOfMemory();
-  const int64_t stack = Stack(values, 2);
-  for (int64_t layer = 0; layer < stack; ++layer) {
-    SetLayer(values, codes, layer, &task);
-    task.scales = factors.OfLayer(portable::kKernels, layer);
-    task.y = Zeros(y, layer, task.out, false);
-    ExpandAll(pool, task.outputs, task.outputs * inputs,
-              [=](int64_t begin, int64_t end) {
-                NMJAX_EXPAND(Grouped, task, inputs, begin, end);
-              });
-  }
-  return ffi::Error::Success();
-}
-
-static ffi::Error ExpandBlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer values,
-                                   ffi::AnyBuffer scales, ffi::AnyBuffer rows_of,
-                                   ffi::AnyBuffer columns_of,
-                                   ffi::Result<ffi::AnyBuffer> y, bool has_scales,
-                                   bool outputs_first) {
-  BlockTask task;
-  if (!Describe(values, rows_of, columns_of, &task) ||
-      !AsNumber(y->element_type(), &task.out)) {
-    return Unsupported("dtype");
-  }
-  const int64_t lines = Length(*y, 2), line = Length(*y, 1) * Bytes(task.out);
-  task.outputs = outputs_first ? lines : Length(*y, 1);
-  const int64_t inputs = outputs_first ? Length(*y, 1) : 0;
-  Floats factors(scales, has_scales, task.blocks);
-  if (!factors) return OutOfMemory();
-  const int64_t stack = Stack(values, 3);
-  for (int64_t layer = 0; layer < stack; ++layer) {
-    SetLayer(values, rows_of, columns_of, layer, &task);
-    task.scales = factors.OfLayer(portable::kKernels, layer);
-    char* start = Zeros(y, layer, task.out, false);
-    task.y = start;
-    ExpandAll(pool, lines, lines * line / 4, [=](int64_t begin, int64_t end) {
-      std::memset(start + begin * line, 0, (end - begin) * line);
-    });
-    const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
-    ExpandAll(pool, task.blocks, work, [=](int64_t begin, int64_t end) {
-      NMJAX_EXPAND(Blocks, task, inputs, begin, end);
     });
   }
   return ffi::Error::Success();
@@ -327,13 +241,6 @@ static auto Product() {
       .Arg<Buffer>();  // bias
 }
 
-static auto Expansion() {
-  return xla::ffi::Ffi::Bind()
-      .Ctx<xla::ffi::ThreadPool>()
-      .Arg<Buffer>()   // values
-      .Arg<Buffer>();  // scales
-}
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_fan_in, nmjax::FanInCall,
                               Product()
                                   .Arg<Buffer>()
@@ -342,6 +249,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_fan_in, nmjax::FanInCall,
                                   .Attr<bool>("has_scales")
                                   .Attr<bool>("has_bias")
                                   .Attr<bool>("relu")
+                                  .Attr<bool>("expand")
                                   .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks, nmjax::BlocksCall,
@@ -352,6 +260,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_blocks, nmjax::BlocksCall,
                                   .Attr<bool>("has_scales")
                                   .Attr<bool>("has_bias")
                                   .Attr<bool>("relu")
+                                  .Attr<bool>("expand")
                                   .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_grouped, nmjax::GroupedCall,
@@ -361,34 +270,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_grouped, nmjax::GroupedCall,
                                   .Attr<bool>("has_scales")
                                   .Attr<bool>("has_bias")
                                   .Attr<bool>("relu")
+                                  .Attr<bool>("expand")
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("m")
                                   .Attr<int64_t>("bits")
                                   .Attr<std::string_view>("instructions"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_expand_fan_in, nmjax::ExpandFanInCall,
-                              Expansion()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attr<bool>("has_scales"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_expand_blocks, nmjax::ExpandBlocksCall,
-                              Expansion()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attr<bool>("has_scales")
-                                  .Attr<bool>("outputs_first"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_expand_grouped, nmjax::ExpandGroupedCall,
-                              Expansion()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attr<bool>("has_scales")
-                                  .Attr<int64_t>("n")
-                                  .Attr<int64_t>("m")
-                                  .Attr<int64_t>("bits"));
 
 // The best instructions of this processor: "avx512", "avx2" or "portable".
 extern "C" const char* nmjax_instructions() { return nmjax::Find("")->name; }
