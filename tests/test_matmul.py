@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import nmjax as nm
 from nmjax import formats
-from nmjax.kernels import choosing, reference
+from nmjax.kernels import choosing, reference, settings
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 K, F = 16, 12
@@ -465,15 +465,40 @@ def test_backends_name_what_matmul_takes():
         assert_close(nm.matmul(x, w, implementation=implementation), nm.matmul(x, w))
 
 
-@pytest.mark.parametrize("fan_in", [1, 2, 5, 13, 26])
-@pytest.mark.parametrize("neurons", [1024, 1032])
-def test_slots_of_many_neurons_and_rows_are_summed_in_parts(neurons, fan_in):
+@pytest.mark.parametrize("fan_in", [1, 2, 5, 13, 26, 40])
+def test_slots_are_summed_in_loops_and_finished_before_the_transposition(fan_in):
     rng = np.random.default_rng(fan_in)
-    keep = np.argsort(rng.random((40, neurons)), axis=0) < fan_in
+    keep = np.argsort(rng.random((40, 32)), axis=0) < fan_in
     weights = np.where(keep, rng.normal(size=keep.shape), 0)
-    weights[:, 7] = 0  # ablated: 1023 are left, in 3 parts, or 1031, a prime, in one
-    x = rng.normal(size=(300, 40))
+    weights[:, 7] = 0  # ablated
+    x, bias = rng.normal(size=(30, 40)), rng.normal(size=(32,))
+    x[0, 0] = np.nan  # reaches the neurons that read it, in one row
     w = formats.FanInArray.from_dense(jnp.asarray(weights, jnp.float32))
-    assert reference._tiles(neurons - 1, 300) == {1024: 3, 1032: 1}[neurons]
-    found = jax.jit(reference.by_slots)(jnp.asarray(x, jnp.float32), w)
-    np.testing.assert_allclose(found, x @ weights, rtol=1e-4, atol=1e-4)
+
+    def finish(sums):
+        assert sums.shape == (32, 30)
+        return sums + jnp.asarray(bias, jnp.float32)[:, None]
+
+    found = jax.jit(lambda x, w: reference.by_slots(x, w, finish))(
+        jnp.asarray(x, jnp.float32), w
+    )
+    reached = np.zeros((30, 32), bool)
+    reached[0] = weights[0] != 0
+    np.testing.assert_array_equal(np.isnan(found), reached)
+    expected = np.where(reached, np.nan, np.nan_to_num(x) @ weights + bias)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [*range(1, 60), 307, 4096])
+def test_loops_have_every_slot_and_two_steps_at_least(slots):
+    loops = reference._loops(slots)
+    assert sum(steps * each for steps, each in loops) == slots
+    assert len(loops) <= 2 and all(each <= 12 for _, each in loops)
+    assert slots == 1 or all(steps > 1 for steps, _ in loops)
+
+
+def test_matmul_in_xla_operations_finishes_condensed_products():
+    w, x, bias = make("fan_in"), normal(0, (3, K)), normal(1, (F,))
+    for activation, function in settings.ACTIVATIONS.items():
+        found = nm.matmul(x, w, bias=bias, activation=activation, implementation="xla")
+        assert_close(found, function(x @ w.todense() + bias))

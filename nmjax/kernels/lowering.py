@@ -130,6 +130,9 @@ def on_cpu(ctx: Any, settings: Settings) -> _Product:
         multiply, activation = choosing.FORMS[form], epilogue.activation
         if form in choosing.NATIVE and activation in native.ACTIVATIONS:
             return multiply(x, w, bias=bias, activation=activation)
+        if form == "slots":
+            column = None if bias is None else bias[:, None]
+            return multiply(x, w, lambda sums: epilogue.finish(sums, column))
         return epilogue.finish(multiply(x, w), bias)
 
     return product

@@ -6,6 +6,7 @@ dtype. `by_decompression` is the definition; the others compute the same sums in
 order.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,7 +49,11 @@ def by_decompression(
     return multiply(x, w.todense(), dtype)
 
 
-def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F"]:
+def by_slots(
+    x: Float[Array, "batch K"],
+    w: FanInArray,
+    finish: Callable[[Array], Array] = lambda product: product,
+) -> Float[Array, "batch F"]:
     r"""Add up one stored input of every neuron after the other.
 
     .. math:: y_{bf} = \sum_{j < k} v_{fj} \, x_{b, i_{fj}}
@@ -59,6 +64,9 @@ def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F
     Args:
       x: inputs.
       w: a matrix whose neurons are its columns.
+      finish: what is done to the product before it is transposed to what is returned,
+        of shape ``(F, batch)`` here. XLA fuses a transposition with what follows it,
+        and then reads memory in an order that takes five times as long.
 
     Returns:
       The product; zeros for ablated neurons.
@@ -76,18 +84,7 @@ def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F
       Training with Structured Sparsity", 2024, arXiv 2305.02299.
     """
     batch, outputs = x.shape[0], w.dense_shape[-1]
-    rows = x.T.astype(sum_dtype(x.dtype))
-    neurons, tiles = w.values.shape[0], _tiles(w.values.shape[0], batch)
-    stored = [
-        array.reshape(tiles, neurons // tiles, w.fan_in)
-        for array in (w.weights, w.indices)
-    ]
-    if tiles == 1:
-        total = _sum_slots(rows, *(array[0] for array in stored))
-    else:
-        total = lax.map(lambda tile: _sum_slots(rows, *tile), stored)
-        total = total.reshape(neurons, batch)
-    total = total.astype(x.dtype)
+    total = _sum_slots(x.T.astype(sum_dtype(x.dtype)), w).astype(x.dtype)
     if w.neurons.size < outputs:
         total = (
             jnp.zeros((outputs, batch), x.dtype)
@@ -99,45 +96,63 @@ def by_slots(x: Float[Array, "batch K"], w: FanInArray) -> Float[Array, "batch F
                 indices_are_sorted=True,
             )
         )
-    return total.T
+    return finish(total).T
 
 
-def _tiles(neurons: int, batch: Any) -> int:
-    """Share out neurons so that the sums of a part stay in the second cache."""
-    if not isinstance(batch, int):  # symbolic in an export
-        return 1
-    least = max(1, -(-neurons * batch // 2**18))
-    return next((n for n in range(least, 2 * least) if neurons % n == 0), 1)
+def _sum_slots(rows: Array, w: FanInArray) -> Array:
+    """Multiply rows (K, batch) with weights; gives (neurons, batch)."""
+    values, indices = w.weights, w.indices
+    total = jnp.broadcast_to(_zeros_of(rows), (values.shape[0], rows.shape[1]))
+    start = 0
+    for steps, each in _loops(w.fan_in):
+
+        def step(i: Array, total: Array, start: int = start, each: int = each) -> Array:
+            first = start + each * i
+            weights = lax.dynamic_slice_in_dim(values, first, each, axis=1)
+            places = lax.dynamic_slice_in_dim(indices, first, each, axis=1)
+            for j in range(each):
+                # Indices were checked when the array was made.
+                gathered = rows.at[places[:, j]].get(mode="promise_in_bounds")
+                total += weights[:, j, None].astype(rows.dtype) * gathered
+            return total
+
+        total = lax.fori_loop(0, steps, step, total)
+        start += steps * each
+    return total
 
 
-def _sum_slots(rows: Array, values: Array, indices: Array) -> Array:
-    """Add up the slots of neurons: rows (K, batch), slots (neurons, fan-in)."""
+def _loops(slots: int) -> list[tuple[int, int]]:
+    """Divide slots among loops: pairs of how many steps there are and slots in each.
 
-    def add(total: Array, values: Array, indices: Array) -> Array:
-        for j in range(values.shape[1]):
-            # Indices were checked when the array was made.
-            gathered = rows.at[indices[:, j]].get(mode="promise_in_bounds")
-            total += values[:, j, None].astype(rows.dtype) * gathered
-        return total
+    A step adds several slots, or it would do little else than read and write sums. XLA
+    fuses a single step, which is no loop, with the transposition of the inputs or of
+    the result, and reads memory in an order that is slow. So there are one or two loops
+    of at least two steps, and of all such those with the fewest steps.
+    """
+    choices = []
+    for each in range(_SLOTS, 0, -1):
+        most = slots // each
+        for steps in range(most, max(1, most - _SLOTS), -1):
+            left = slots - steps * each
+            if left == 0:
+                choices.append([(steps, each)])
+            elif left > 1:
+                rest = next(n for n in range(_SLOTS, 0, -1) if left % n == 0 < left - n)
+                choices.append([(steps, each), (left // rest, rest)])
+    return min(
+        choices,
+        key=lambda loops: sum(steps for steps, _ in loops),
+        default=[(1, slots)],
+    )
 
-    def step(j: Array, total: Array) -> Array:
-        start = first + each * j
-        return add(
-            total,
-            lax.dynamic_slice_in_dim(values, start, each, axis=1),
-            lax.dynamic_slice_in_dim(indices, start, each, axis=1),
-        )
 
-    # A step adds several slots, or it would do little else than read and write sums.
-    # There are two steps at least: XLA would fuse a single one, which is no loop, with
-    # the transposition of the result, and compute it in an order that is slow.
-    neurons, fan_in = values.shape
-    each = max(1, min(_SLOTS, (fan_in - 1) // 2))
-    first = fan_in % each
-    # Under shard_map, zeros like the rows vary over the axes that these do.
-    total = jnp.zeros_like(rows, shape=(neurons, rows.shape[1]))
-    total = add(total, values[:, :first], indices[:, :first])
-    return lax.fori_loop(0, fan_in // each, step, total)
+def _zeros_of(rows: Array) -> Array:
+    """Give zeros (batch), of which XLA has to think that they depend on the rows.
+
+    A constant would be shared by layers and copied for each, or sums of all layers made
+    before the first one is computed, and be in no cache when they are needed.
+    """
+    return (jnp.isnan(rows[0]) & jnp.isinf(rows[0])).astype(rows.dtype)
 
 
 def by_blocks(x: Float[Array, "batch K"], w: BlockArray) -> Float[Array, "batch F"]:

@@ -25,11 +25,11 @@ class Epilogue(NamedTuple):
         """Add a bias to a product that has its dtype already, and activate it.
 
         Args:
-          product: ``(batch, F)``.
+          product: ``(batch, F)``, or ``(F, batch)`` with a bias of ``(F, 1)``.
           bias: None or ``(F,)``, of the same dtype.
 
         Returns:
-          The result, ``(batch, F)``.
+          The result, of the product's shape.
 
         Example:
           >>> import jax.numpy as jnp
