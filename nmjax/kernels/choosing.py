@@ -132,8 +132,11 @@ def _measured(x: Any, w: Compressed) -> dict[str, float]:
         _, measured, rows = key
         return abs(math.log(measured / density)), abs(math.log(rows / max(1, batch)))
 
-    nearest = min((key for key in found if key[0] == dtype), key=distance)
-    return found[nearest]
+    ratios = found[min((key for key in found if key[0] == dtype), key=distance)]
+    if isinstance(w, NMArray) and layout[1] != f"{w.n}:{w.m}":
+        # Expanding takes as long for any pattern; this kernel has its own for some.
+        return {form: ratio for form, ratio in ratios.items() if form != "direct"}
+    return ratios
 
 
 def layout_of(w: Compressed) -> tuple[str, str]:
