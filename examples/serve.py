@@ -22,7 +22,8 @@ Requests are filled up to the next of a few fixed batch sizes (``--sizes``), so 
 compiles few programs, all of them before the first request. `serving.py` has the
 server. Stop it with Ctrl-C: it prints the latencies.
 
-Time: 23 seconds without any argument, training included, on one core of an AMD EPYC.
+Time: 19 seconds without any argument, training included; one image is answered in 0.11
+ms, 64 in 0.74 (medians). 2 cores of an AMD EPYC, jax 0.10.2.
 """
 
 import argparse
