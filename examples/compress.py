@@ -39,7 +39,7 @@ translator, kB    2,007           1,147           415
 ================= =============== =============== ================
 
 Images or decoded tokens per second in linen, and how many times as long compressed
-weights take as dense ones (nnx: the same within 0.15, but for the cnn with a fan-in of
+weights take as dense ones (nnx: the same within 0.2, but for the cnn with a fan-in of
 a tenth, 1.1 for one image, and the translator, 1.5 and 0.9 for one sentence). Such
 small layers gain from few weights and large batches only; SLOWER is above 1:
 
