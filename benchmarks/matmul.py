@@ -16,12 +16,12 @@ beside scipy, jax.experimental.sparse and torch, in one run:
 
 "nmjax" is `nmjax.matmul` as users call it, "xla" and "native" are its implementations,
 "direct" and "expand" the forms of native kernels, "slots", "blocks" and "decompress"
-those in `nmjax.kernels.reference`. Speed-ups are
-over dense weights in the dtype of x. "limit" is what reading the bytes takes that a
-form has to touch, timed in the same run: small batches can come near to it, large ones
-have to compute. Results are compared with the dense ones before anything is timed.
-Weights are passed in as arguments, peers keep x in the order that suits them, and a
-form that takes longer than --patience seconds a call is left out.
+those in `nmjax.kernels.reference`. Speed-ups are over dense weights in the dtype of x.
+"limit" is what reading the bytes takes that a form has to touch, timed in the same run:
+small batches can come near to it, large ones have to compute. Results are compared with
+the dense ones before anything is timed. Weights are passed in as arguments, peers keep
+x in the order that suits them, and a form that takes longer than --patience seconds a
+call is left out.
 
 The bars at the end are what a release must keep on two cores. Dispatch reads what
 --forms writes: after a change of kernels run the table first, and then everything. On a

@@ -137,7 +137,8 @@ def _loops(slots: int) -> list[tuple[int, int]]:
             if left == 0:
                 choices.append([(steps, each)])
             elif left > 1:
-                rest = next(n for n in range(_SLOTS, 0, -1) if left % n == 0 < left - n)
+                sizes = (n for n in range(_SLOTS, 0, -1) if left % n == 0 and left > n)
+                rest = next(sizes)
                 choices.append([(steps, each), (left // rest, rest)])
     return min(
         choices,
