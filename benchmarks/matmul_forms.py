@@ -17,7 +17,7 @@ import timing
 from matmul_cases import Case, Form, Unavailable, Weights, chain_of, nbytes, short
 
 import nmjax as nm
-from nmjax.kernels import choosing, native, reference
+from nmjax.kernels import choosing
 
 BASE = "dense float32"
 """The form that all ratios are taken to, whatever the dtype of the values is."""
@@ -46,11 +46,7 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
     "nmjax": nm.matmul,
     "xla": partial(nm.matmul, implementation="xla"),
     "native": partial(nm.matmul, implementation="native"),
-    "direct": native.multiply,
-    "expand": partial(native.multiply, expand=True),
-    "slots": reference.by_slots,
-    "blocks": reference.by_blocks,
-    "decompress": reference.by_decompression,
+    **choosing.FORMS,
 }
 
 

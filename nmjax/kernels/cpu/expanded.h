@@ -22,7 +22,7 @@ class Expanded {
   // outputs, or neurons that are not ablated.
   Expanded(ffi::ThreadPool& pool, const Kernels& kernels, bool wanted, int64_t rows,
            int64_t inputs, int64_t count)
-      : pool_(pool), kernels_(kernels), wanted_(wanted), rows_(rows), inputs_(inputs),
+      : pool_(pool), kernels_(kernels), wanted_(wanted), all_(rows), inputs_(inputs),
         count_(count), wide_(2 * kernels.lanes), stride_((inputs + 15) / 16 * 16 + 16),
         threads_(std::max<int64_t>(1, pool.num_threads())) {
     if (!wanted) return;
@@ -30,8 +30,8 @@ class Expanded {
     const int64_t fitting = kLargest / (4 * stride_), share = count / (2 * threads_);
     each_ = std::clamp<int64_t>(std::min(fitting, share) / kDenseStep * kDenseStep,
                                 kDenseStep, kDensePanel);
-    tiles_ = (rows + wide_ - 1) / wide_;
-    x_ = Allocate(tiles_ * wide_ * inputs);
+    const int64_t most = (std::min(rows, kMostRows) + wide_ - 1) / wide_ * wide_;
+    x_ = Allocate(most * inputs);
     panels_ = Allocate(threads_ * each_ * stride_);
     taken_.reset(new (std::nothrow) std::atomic<bool>[threads_]());
   }
@@ -42,6 +42,21 @@ class Expanded {
   // Multiply x (rows, inputs) with the weights of `task` into y (rows, task.outputs).
   template <class Task>
   void Multiply(const Task& task, const void* x, void* y) {
+    for (int64_t row = 0; row < all_; row += kMostRows) {
+      rows_ = std::min(kMostRows, all_ - row);
+      tiles_ = (rows_ + wide_ - 1) / wide_;
+      MultiplyRows(task, At(x, row * inputs_, task.out),
+                   const_cast<char*>(At(y, row * task.outputs, task.out)));
+    }
+  }
+
+ private:
+  // Rows whose transposed copy there is room for: so many that expanding the weights for
+  // each part of x takes no time beside multiplying it.
+  static constexpr int64_t kMostRows = 2048;
+
+  template <class Task>
+  void MultiplyRows(const Task& task, const void* x, void* y) {
     ParallelFor(pool_, tiles_, [&](int64_t tile) {
       const int64_t row = tile * wide_;
       kernels_.transpose(At(x, row * inputs_, task.out), task.out, RowsOf(tile), inputs_,
@@ -55,7 +70,6 @@ class Expanded {
     });
   }
 
- private:
   template <class Task>
   void MultiplyPanel(const Task& task, int64_t begin, int64_t end, float* panel,
                      void* y) const {
@@ -100,12 +114,12 @@ class Expanded {
   ffi::ThreadPool& pool_;
   const Kernels& kernels_;
   const bool wanted_;
-  const int64_t rows_, inputs_, count_;
+  const int64_t all_, inputs_, count_;  // rows, inputs, outputs
   const int64_t wide_;    // rows of a tile of x
   const int64_t stride_;  // from one output to the next, whose places in a cache differ
   const int64_t threads_;
   int64_t each_ = 0;   // outputs that are expanded at a time
-  int64_t tiles_ = 0;  // of x
+  int64_t rows_ = 0, tiles_ = 0;  // of the part of x at hand
   Scratch x_;          // (tiles, inputs, wide)
   Scratch panels_;     // (threads, each, stride)
   std::unique_ptr<std::atomic<bool>[]> taken_;

@@ -31,7 +31,7 @@ static inline void Pause() {
 // loop that is done again finds its data in the caches of the same processor cores.
 class Board {
  public:
-  static constexpr int64_t kMostChunks = 0xffff;  // callers make a few for each thread
+  static constexpr int64_t kMostChunks = 0xffff;  // of a loop that is shared
 
   static Board& Get() {
     static Board board;
