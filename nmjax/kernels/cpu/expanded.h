@@ -51,9 +51,9 @@ class Expanded {
   }
 
  private:
-  // Rows whose transposed copy there is room for: so many that expanding the weights for
-  // each part of x takes no time beside multiplying it.
-  static constexpr int64_t kMostRows = 2048;
+  // Rows whose transposed copy there is room for: it has to stay in the third cache, and
+  // expanding the weights again for every part takes little beside multiplying it.
+  static constexpr int64_t kMostRows = 512;
 
   template <class Task>
   void MultiplyRows(const Task& task, const void* x, void* y) {
