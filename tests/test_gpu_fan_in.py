@@ -15,8 +15,9 @@ import ptx
 import pytest
 from deviceless import compile_kernels, interpreted, needs_compiler
 
-from nmjax.kernels.gpu import fan_in, tiling
+from nmjax.kernels.gpu import fan_in
 from nmjax.kernels.gpu.fan_in import Tiles
+from nmjax.kernels.gpu.tiles import PROCESSORS
 
 ACTIVATIONS = {
     None: lambda y: y,
@@ -222,7 +223,7 @@ def test_chosen_tiles_fit(batch, length, alive, k, dtype):
 
 def test_wide_layers_fill_all_multiprocessors():
     tiles = fan_in.choose(1, 4096, 4096, 409, "float32", "float32", "uint16")
-    assert 4096 / tiles.neurons >= 0.9 * tiling.PROCESSORS
+    assert 4096 / tiles.neurons >= 0.9 * PROCESSORS
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from nmjax import formats
 from nmjax.formats import images, prepared
 from nmjax.kernels import reference
 from nmjax.kernels.gpu import hopper, hopper_decode, hopper_weight_only, tiling
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiles import PROCESSORS, Tiles
 
 KERNELS = {
     "hopper": hopper,
@@ -331,7 +331,7 @@ def test_default_tiles_fit_every_product(kind, dtype):
             for rows in (1, 8, 9, 33, 64, 65, 200, 1000, 4096):
                 tiles = tiling.choose(kind, dtype, features, inputs, rows)
                 place = features, inputs
-                assert not tiling.refusal(tiles, dtype, x, out, *place), place
+                assert not tiles.refusal(dtype, x, out, *place), place
 
 
 def test_few_rows_give_work_to_half_of_the_multiprocessors():
@@ -340,7 +340,7 @@ def test_few_rows_give_work_to_half_of_the_multiprocessors():
         for rows in (1, 64):
             tiles = tiling.choose("hopper_decode", "bfloat16", features, inputs, rows)
             blocks = features // tiles.block * tiles.splits
-            assert blocks >= 0.48 * tiling.PROCESSORS, (features, inputs, tiles)
+            assert blocks >= 0.48 * PROCESSORS, (features, inputs, tiles)
             assert inputs // tiles.inputs >= 2 * tiles.splits
 
 
@@ -359,7 +359,7 @@ def test_candidates_differ_and_fit():
             assert found[0] == tiling.default(kind, dtype, 4096, 4096, rows)
             assert len(set(found)) == len(found) >= 7
             for tiles in found:
-                assert not tiling.refusal(tiles, dtype, x, "float32", 4096, 4096)
+                assert not tiles.refusal(dtype, x, "float32", 4096, 4096)
 
 
 def test_measured_tiles_are_chosen_for_their_batch(monkeypatch):

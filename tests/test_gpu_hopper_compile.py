@@ -6,7 +6,7 @@ import pytest
 from deviceless import compile_kernels, devices, needs_compiler
 
 from nmjax.kernels.gpu import hopper, hopper_decode, hopper_weight_only, tiling
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiles import Tiles
 
 KERNELS = {
     "hopper": hopper,

@@ -12,6 +12,7 @@ import pytest
 
 from nmjax.kernels import rotation, trials, tune
 from nmjax.kernels.gpu import tiling
+from nmjax.kernels.gpu.tiles import Tiles
 from nmjax.kernels.trials import Product
 
 
@@ -32,7 +33,7 @@ SOME = Product("bfloat16", 4096, 4096, 4096)
 
 def test_fastest_tiles_are_chosen():
     entry = tune.choose(SOME, times(t0=2e-6, t2=1e-6, rest=3e-6))
-    assert tiling.Tiles(**entry["tiles"]) == SOME.candidates[2]
+    assert Tiles(**entry["tiles"]) == SOME.candidates[2]
     assert (entry["us"], entry["default_us"]) == (1.0, 2.0)
     assert entry["measured"] == len(SOME.candidates)
 
@@ -45,7 +46,7 @@ def test_default_stays_unless_others_save_more_than_the_margin():
 
 def test_tiles_that_do_not_run_are_not_chosen():
     entry = tune.choose(SOME, times(t0="wrong by 1", t1=2e-6, rest="no memory"))
-    assert tiling.Tiles(**entry["tiles"]) == SOME.candidates[1]
+    assert Tiles(**entry["tiles"]) == SOME.candidates[1]
     assert entry["default_us"] is None and entry["measured"] == 1
     assert tune.choose(SOME, times(rest="no memory")) == "no memory"
 

@@ -15,7 +15,7 @@ from benchmarks.gpu.device import on_gpu
 from benchmarks.gpu.workers import Json, Report, Task
 from nmjax import formats
 from nmjax.kernels import trials
-from nmjax.kernels.gpu import tiling
+from nmjax.kernels.gpu.tiles import Tiles
 from nmjax.kernels.trials import DTYPES, Product
 
 ACTIVATIONS = ("relu", "gelu", "silu")
@@ -122,7 +122,7 @@ def run(settings: Json, report: Report) -> None:
 def _tiles(report: Report, product: Product, tiles: Json) -> None:
     """Check a kernel with given tiles."""
     small, x = trials.draw(jax.random.key(1), product)
-    multiply = jax.jit(operands.by_kernel(product, tiling.Tiles(**tiles)))
+    multiply = jax.jit(operands.by_kernel(product, Tiles(**tiles)))
     arguments = trials.prepare(small), x
     found = compare(product.dtype, multiply, arguments, expected_of(small, x))
     report(**operands.fields(product), tiles=tiles, **found)

@@ -9,7 +9,7 @@ from benchmarks.gpu import operands
 from benchmarks.gpu.device import on_gpu
 from benchmarks.gpu.workers import Absent, Json, Report, Task
 from nmjax.kernels import trials, tune
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiles import Tiles
 from nmjax.kernels.rotation import Program
 from nmjax.kernels.trials import Product
 

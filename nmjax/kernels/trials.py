@@ -15,7 +15,7 @@ from jaxtyping import Array
 from nmjax.formats import NMArray, PreparedArray
 from nmjax.kernels import rotation
 from nmjax.kernels.gpu import tiling
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiles import Tiles
 
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int8-weights")
 """Dtypes of weights and inputs; int8-weights are multiplied with bfloat16."""

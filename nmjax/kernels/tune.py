@@ -23,7 +23,7 @@ import jax
 
 from nmjax.kernels import trials
 from nmjax.kernels.gpu import tiling
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiles import Tiles
 from nmjax.kernels.trials import DTYPES, Product
 
 ROWS = (8, 16, 64, 256, 1024, 4096)

@@ -10,5 +10,5 @@
   through shared memory when, and how it is read.
 - `lanes`, `memory`, `floats`: code of single threads.
 - `ampere`, `blackwell`: 2:4 products there, experimental.
-- `tiling`: the choice of tiles.
+- `tiles`: sizes of the kernels of Hopper; `tiling`: the choice of them.
 """

@@ -14,7 +14,7 @@ from nmjax.kernels.gpu.finishing import ACTIVATIONS
 from nmjax.kernels.gpu.gathers import CONFLICTS, LINE, Lines
 from nmjax.kernels.gpu.lanes import Int, Truth
 from nmjax.kernels.gpu.memory import Memory
-from nmjax.kernels.gpu.tiling import PROCESSORS
+from nmjax.kernels.gpu.tiles import PROCESSORS
 
 _INPUTS = ("float32", "bfloat16", "float16")
 _VALUES = (*_INPUTS, "int8", "float8_e4m3fn", "float8_e5m2")

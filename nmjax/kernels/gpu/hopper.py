@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32, Num
 
 from nmjax.kernels.gpu import finishing, operands, tiling
 from nmjax.kernels.gpu.hopper_kernel import Kernel
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiles import GROUPS, Tiles, count_processors
 
 
 def multiply(
@@ -117,7 +117,7 @@ def product(
     features, inputs, batch = operands.sizes(values, x)
     word_inputs = inputs // image.shape[1]
     types = values.dtype, x.dtype, out_dtype
-    if reason := tiling.refusal(tiles, *types, features, inputs, word_inputs):
+    if reason := tiles.refusal(*types, features, inputs, word_inputs):
         raise ValueError(f"{tiles} do not fit: {reason}")
     # The memory engine reads zeros where rows are missing and leaves out what it would
     # write there, but a tile of eight rows is missing as a whole or, if it is the only
@@ -146,7 +146,7 @@ def product(
     cluster = {}
     if tiles.cluster > 1:
         cluster = {"cluster": (tiles.cluster,), "cluster_names": ("member",)}
-    processors = processors or tiling.processors()
+    processors = processors or count_processors()
     run = plgpu.kernel(
         kernel.body,
         out_type=jax.ShapeDtypeStruct(
@@ -155,7 +155,7 @@ def product(
         scratch_types=kernel.scratch(),
         grid=(min(processors // tiles.cluster, kernel.count),),
         grid_names=("processor",),
-        num_threads=tiling.GROUPS + 1,
+        num_threads=GROUPS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,  # exp by the instruction, to 2 ulp

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32, Num
 
 from nmjax.kernels.gpu import finishing, hopper, instructions, operands, tiling
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiles import Tiles
 
 
 def multiply(

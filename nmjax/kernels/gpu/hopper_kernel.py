@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nmjax.formats import images
-from nmjax.kernels.gpu import finishing, instructions, tiling
-from nmjax.kernels.gpu.tiling import GROUPS, Tiles
+from nmjax.kernels.gpu import finishing, instructions
+from nmjax.kernels.gpu.tiles import GROUPS, Tiles
 
 _LOADING, _COMPUTING = 40, 232
 """Registers of a thread that loads and of one that computes; a block has 64 K."""
@@ -111,7 +111,7 @@ class Kernel:
     @property
     def piece(self) -> int:
         """Rows that are stored at once."""
-        return tiling.piece(self.tiles, self.out_dtype)
+        return self.tiles.piece(self.out_dtype)
 
     def scratch(self) -> dict[str, Any]:
         """Give shared memory and barriers."""

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Array, Int32, Num
 
 from nmjax.kernels.gpu import hopper_decode, operands, tiling
-from nmjax.kernels.gpu.tiling import Tiles
+from nmjax.kernels.gpu.tiles import Tiles
 
 
 def multiply(

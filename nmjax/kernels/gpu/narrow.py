@@ -17,7 +17,7 @@ from nmjax.kernels.gpu.chunks import L2, WARPS, Adder, Work
 from nmjax.kernels.gpu.gathers import CONFLICTS, LINE, PIECE, Lines
 from nmjax.kernels.gpu.lanes import Int, Truth
 from nmjax.kernels.gpu.memory import Memory
-from nmjax.kernels.gpu.tiling import PROCESSORS
+from nmjax.kernels.gpu.tiles import PROCESSORS
 
 OUTPUTS = 8
 """Outputs of a thread at most."""

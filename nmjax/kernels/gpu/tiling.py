@@ -11,191 +11,15 @@ import importlib.resources
 import json
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+
+from nmjax.kernels.gpu.tiles import PROCESSORS, SHARED_BYTES, Tiles
 
 KINDS = ("hopper", "hopper_decode", "hopper_weight_only")
 """Kernels that take `Tiles`, by their modules."""
 
-PROCESSORS = 132
-"""Streaming multiprocessors of an H100 SXM and an H200."""
-
-SHARED_BYTES = 232448
-"""Shared memory of a block on Hopper."""
-
-GROUPS = 2
-"""Warpgroups of a block that compute."""
-
 FEW_ROWS = 64
 """Up to as many rows, a product takes as long as reading the weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Sizes of a kernel on Hopper.
-
-    Attributes:
-      features: outputs of a warpgroup, 64 or 128; two of a block compute.
-      rows: rows of x, a multiple of 8 up to 256, or up to 192 where `features` is 128.
-      inputs: inputs of a step.
-      stages: steps that are in shared memory at once.
-      splits: parts that the inputs are cut into, to give work to more blocks.
-      panel: tiles along the rows that are computed one after the other before the next
-        outputs, so that weights and x are found in the L2 cache again.
-      cluster: blocks, 1, 2 or 4, that share the rows of x that one of them loads.
-      overlap: whether the instructions of a step start before those of the last one
-        have ended.
-      together: whether both warpgroups of a block have the same outputs, and each of
-        them half of the inputs of a step.
-    """
-
-    features: int = 64
-    rows: int = 256
-    inputs: int = 64
-    stages: int = 4
-    splits: int = 1
-    panel: int = 8
-    cluster: int = 1
-    overlap: bool = False
-    together: bool = False
-
-    @property
-    def block(self) -> int:
-        """Outputs of a block."""
-        return self.features if self.together else GROUPS * self.features
-
-
-def processors() -> int:
-    """Count the streaming multiprocessors of the GPU that JAX runs on.
-
-    Returns:
-      Their number; that of an H100 SXM where there is no GPU.
-
-    Example:
-      >>> from nmjax.kernels.gpu import tiling
-      >>> tiling.processors() > 0
-      True
-    """
-    device: Any = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else PROCESSORS
-
-
-def piece(tiles: Tiles, out_dtype: Any) -> int:
-    """Give the rows of a tile that are stored at once, up to 8 KB of a warpgroup.
-
-    Args:
-      tiles: the sizes.
-      out_dtype: dtype of what is stored.
-
-    Returns:
-      The largest multiple of 8 that divides the rows.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from nmjax.kernels.gpu import tiling
-      >>> tiling.piece(tiling.Tiles(rows=160), jnp.bfloat16)
-      40
-    """
-    most = 8192 // tiles.features // jnp.dtype(out_dtype).itemsize
-    return max(size for size in range(8, most + 1, 8) if tiles.rows % size == 0)
-
-
-def shared_bytes(
-    tiles: Tiles, values_dtype: Any, x_dtype: Any, out_dtype: Any, word_inputs: int = 64
-) -> int:
-    """Count the shared memory that a block takes.
-
-    Args:
-      tiles: the sizes.
-      values_dtype: dtype of the values.
-      x_dtype: dtype of the inputs.
-      out_dtype: dtype of what is stored.
-      word_inputs: inputs that a word of the image describes, 64 or 32.
-
-    Returns:
-      Bytes.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from nmjax.kernels.gpu import tiling
-      >>> tiling.shared_bytes(tiling.Tiles(), *[jnp.bfloat16] * 3)
-      200768
-    """
-    weight, number, result = (
-        jnp.dtype(dtype).itemsize for dtype in (values_dtype, x_dtype, out_dtype)
-    )
-    block = tiles.block
-    values = block * tiles.inputs // 2 * weight
-    image = tiles.inputs // word_inputs * 8 * block
-    x = tiles.rows * tiles.inputs * number
-    rows = piece(tiles, out_dtype)
-    out = min(2, tiles.rows // rows) * rows * block * result
-    barriers = 2 * 8
-    if tiles.together:  # sums of one warpgroup, and their barriers
-        out += tiles.rows * tiles.features * 4 + barriers
-    return tiles.stages * (values + image + x + barriers) + out
-
-
-def refusal(
-    tiles: Tiles,
-    values_dtype: Any,
-    x_dtype: Any,
-    out_dtype: Any,
-    features: int,
-    inputs: int,
-    word_inputs: int = 64,
-) -> str:
-    """Say why a kernel cannot take tiles; empty where it can.
-
-    Args:
-      tiles: the sizes.
-      values_dtype: dtype of the values.
-      x_dtype: dtype of the inputs.
-      out_dtype: dtype of what is stored.
-      features: outputs of the product.
-      inputs: its inputs.
-      word_inputs: inputs that a word of the image describes, 64 or 32.
-
-    Returns:
-      The reason, or an empty string.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from nmjax.kernels.gpu import tiling
-      >>> wide = tiling.Tiles(features=128, rows=128)
-      >>> tiling.refusal(wide, *[jnp.bfloat16] * 3, 384, 256)
-      '256 outputs of 1 blocks do not divide the 384 of the product'
-    """
-    if tiles.features not in (64, 128):
-        return f"features={tiles.features} must be 64 or 128"
-    upcast = jnp.dtype(values_dtype) != jnp.dtype(x_dtype)
-    # Rows whose sums fit into registers, beside values where these are widened.
-    most = 256 if tiles.features == 64 else 128 if upcast else 192
-    # Instructions on int8 take 8, 16, 24, 32, 48, 64 rows, and so on.
-    step = 16 if jnp.dtype(x_dtype).itemsize == 1 and tiles.rows > 32 else 8
-    if not 8 <= tiles.rows <= most or tiles.rows % step:
-        return f"rows={tiles.rows} must be a multiple of {step} up to {most}"
-    if tiles.cluster not in (1, 2, 4) or tiles.rows % (8 * tiles.cluster):
-        return f"cluster={tiles.cluster} must be 1, 2 or 4 and divide rows / 8"
-    if features % (tiles.block * tiles.cluster):
-        return (
-            f"{tiles.block} outputs of {tiles.cluster} blocks do not divide the "
-            f"{features} of the product"
-        )
-    if tiles.together and (tiles.inputs < 128 or tiles.rows > 128):
-        return "together=True takes inputs=128 or more, and up to 128 rows"
-    if tiles.inputs not in (64, 128, 256, 512) or inputs % tiles.inputs:
-        return f"inputs={tiles.inputs} must be 64, 128, 256 or 512 and divide {inputs}"
-    if not 1 <= tiles.splits <= inputs // tiles.inputs:
-        return f"splits={tiles.splits} must be 1 to {inputs // tiles.inputs}"
-    if tiles.stages < 1 + tiles.overlap:
-        return f"stages={tiles.stages} must be at least {1 + tiles.overlap}"
-    if tiles.overlap and (upcast or tiles.together):
-        return "overlap=True takes values of the dtype of x, and together=False"
-    taken = shared_bytes(tiles, values_dtype, x_dtype, out_dtype, word_inputs)
-    if taken > SHARED_BYTES:
-        return f"they take {taken} bytes of the {SHARED_BYTES} of shared memory"
-    return ""
 
 
 def bucket(rows: int) -> int:
@@ -355,7 +179,7 @@ def _default_of_many(kind: str, dtype: Any, features: int, rows: int) -> Tiles:
             Tiles(features=128, rows=height) for height in range(64, most + 1, step)
         ]
     # Tiles that are stored in many small parts are left out.
-    heights = [t for t in heights if t.features * piece(t, "bfloat16") >= 24 * 64]
+    heights = [t for t in heights if t.features * t.piece("bfloat16") >= 24 * 64]
     # The widest, where several take the same time.
     best = min(heights, key=lambda t: (moved(t), -t.features, -t.rows))
     return _deepen(dataclasses.replace(best, inputs=128 // size), kind, dtype)
@@ -390,7 +214,7 @@ def candidates(
         tiles = _deepen(dataclasses.replace(first, **changes), kind, dtype)
         sums = "int32" if tiles.splits == 1 and dtype == jnp.int8 else "float32"
         types = (*_operands(kind, dtype), sums)
-        if tiles not in found and not refusal(tiles, *types, features, inputs):
+        if tiles not in found and not tiles.refusal(*types, features, inputs):
             found.append(tiles)
 
     if kind == "hopper" or rows > FEW_ROWS:
@@ -428,7 +252,7 @@ def _deepen(tiles: Tiles, kind: str, dtype: Any) -> Tiles:
     word_inputs = 32 if types[1].itemsize == 2 else 64
     for stages in range(6, 1, -1):
         deep = dataclasses.replace(tiles, stages=stages)
-        if shared_bytes(deep, *types, word_inputs) <= SHARED_BYTES:
+        if deep.shared_bytes(*types, word_inputs) <= SHARED_BYTES:
             return deep
     return dataclasses.replace(tiles, stages=1)
 
