@@ -17,7 +17,7 @@ import ptx
 import pytest
 from deviceless import compile_kernels, interpreted, needs_compiler
 
-from nmjax.kernels.gpu import blocks, narrow
+from nmjax.kernels.gpu import blocks, narrow, wide
 from nmjax.kernels.gpu.narrow import Tiles
 
 ACTIVATIONS = {
@@ -124,10 +124,8 @@ def test_no_warpgroup_reads_what_another_one_writes(block, dtype):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         if dtype == "bfloat16":
-            tiles = blocks.Tiles(groups=2, inputs=32, outputs=32, stages=2)
-            out = blocks.multiply_on_tensor_cores(
-                *given, x, shape[1], tiles=tiles, **settings
-            )
+            tiles = wide.Tiles(groups=2, inputs=32, outputs=32, stages=2)
+            out = wide.multiply(*given, x, shape[1], tiles=tiles, **settings)
         else:
             tiles = Tiles(rows=4, outputs=64, inputs=32, warpgroups=2)
             out = narrow.multiply(*given, x, shape[1], tiles=tiles, **settings)
@@ -291,7 +289,7 @@ def test_chosen_tiles_of_narrow_blocks_fit(batch, block, length):
 def test_chosen_tiles_of_tensor_cores_fit(batch, block):
     values = jax.ShapeDtypeStruct((10, *block), "bfloat16")
     x = jax.ShapeDtypeStruct((batch, 3 * block[0]), "bfloat16")
-    tiles = blocks.choose(values, x)
+    tiles = wide.choose(values, x)
     assert not block[0] % tiles.inputs and not block[1] % tiles.outputs
     rows = 64 * tiles.groups
     loaded = 2 * tiles.stages * tiles.inputs * (rows + tiles.outputs)
