@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nmjax.kernels import choosing
 from nmjax.reports.plots import COLOURS, grid, legend_below, save
 
 Row = Mapping[str, Any]
@@ -33,10 +34,6 @@ LAYOUT = ("format", "layout", "values", "density")
 
 NUMBERS = ("ms", "ratio_to_float32", "ratio_to_dense", "low", "high", "limit_ms")
 """Keys of what was measured."""
-
-PICKS = ("direct", "expand", "slots", "blocks", "decompress")
-"""Forms that dispatch can choose from."""
-
 
 # Bars --------------------------------------------------------------------------------
 
@@ -200,14 +197,14 @@ def best_forms(rows: Iterable[Row]) -> list[dict[str, Any]]:
       rows: rows of the section "table".
 
     Returns:
-      For each cell the keys of `LAYOUT`, ``batch``, the fastest ``form`` of `PICKS`,
-      its ``speedup`` over dense weights of the same dtype, and whether it
-      ``beats_dense``, with its upper quartile too: a tie goes to dense. Cells in which
-      none was measured are left out.
+      For each cell the keys of `LAYOUT`, ``batch``, the fastest ``form`` of those that
+      dispatch can choose from, its ``speedup`` over dense weights of the same dtype,
+      and whether it ``beats_dense``, with its upper quartile too: a tie goes to dense.
+      Cells in which none was measured are left out.
     """
     best = []
     for cell in cells_of(rows):
-        found = [cell[name] for name in PICKS if "ms" in cell.get(name, {})]
+        found = [cell[name] for name in choosing.FORMS if "ms" in cell.get(name, {})]
         if not found:
             continue
         row = min(found, key=lambda row: row["ratio_to_dense"])
@@ -226,14 +223,14 @@ def to_forms(rows: Iterable[Row], machine: Mapping[str, str]) -> dict[str, Any]:
 
     Returns:
       The machine and, for each cell, the keys of `LAYOUT`, ``batch`` and ``ratios``:
-      from forms of `PICKS` that were measured to their time relative to dense weights
-      of the same dtype.
+      from the forms of dispatch that were measured to their time relative to dense
+      weights of the same dtype.
     """
     found = []
     for cell in cells_of(rows):
         ratios = {
             name: round(cell[name]["ratio_to_dense"], 3)
-            for name in PICKS
+            for name in choosing.FORMS
             if "ms" in cell.get(name, {})
         }
         if ratios:
