@@ -43,6 +43,11 @@ def condensed(k, shape, seed=0, ablated=()):
     return formats.FanInArray.from_dense(jnp.where(mask, weights, 0), mask=mask)
 
 
+def in_windows(k, shape, seed=0, ablated=()):
+    small = condensed(k, shape, seed, ablated)
+    return formats.WindowArray.from_canonical(small)
+
+
 def blocked(outputs, inputs, shape, seed=0):
     weights = normal(seed, shape)
     count = max(1, weights.size // (outputs * inputs) // 5)
@@ -73,6 +78,9 @@ def every_array():
         dataclasses.replace(wide, indices=wide.indices.astype(jnp.uint32)),
         condensed(1, (20, 3)),
         condensed(3, (30, 250)),
+        in_windows(9, (130, 37), ablated=(0, 36)),
+        in_windows(64, (64, 16)),
+        in_windows(2, (300, 3)),
         *(grouped(n, m, (m * 41, 5)) for n, m in PATTERNS),
         *(blocked(outputs, inputs, (48, 80)) for outputs, inputs in SIZES),
     ]
@@ -87,6 +95,7 @@ def inputs_for(arrays, dtype):
 @jax.jit
 def dense_of(arrays):
     """Give dense weights, those of scaled values not rounded."""
+    arrays = [getattr(w, "canonical", w) for w in arrays]
     return [
         w.todense()
         if w.scales is None
@@ -141,6 +150,7 @@ def test_a_bias_and_relu_follow_the_sums(dtype, activation):
     arrays = [
         condensed(7, (60, 24)),
         condensed(21, (300, 17), ablated=(0, 9)),
+        in_windows(7, (80, 24), ablated=(5,)),
         grouped(2, 4, (164, 5)),
         grouped(3, 4, (164, 5)),
         *(blocked(*sides, (48, 80)) for sides in [(16, 1), (1, 16), (5, 2)]),
@@ -250,8 +260,9 @@ keep = np.argsort(rng.random((256, 512)), 0) < 40
 w = formats.FanInArray.from_dense(jnp.asarray(keep * rng.normal(size=keep.shape), "f4"))
 for rows in (1, 9, 65, 100):
     x = jnp.asarray(rng.normal(size=(rows, 256)), jnp.float32)
-    for expand in (False, True):
-        print(np.asarray(native.multiply(x, w, expand=expand)).tobytes().hex())
+    both = w, formats.WindowArray.from_canonical(w)
+    for form, expand in ((form, expand) for form in both for expand in (False, True)):
+        print(np.asarray(native.multiply(x, form, expand=expand)).tobytes().hex())
 """
     # Each process may use other cores, and so has another number of threads.
     outputs = set()
@@ -272,7 +283,15 @@ for rows in (1, 9, 65, 100):
 
 KINDS = {"fan_in": lambda seed=0: condensed(4, (16, 12), seed=seed, ablated=(3,))}
 KINDS["nm"] = lambda seed=0: grouped(2, 4, (16, 12), seed=seed)
+KINDS["window"] = lambda seed=0: in_windows(4, (80, 12), seed=seed, ablated=(3,))
 KINDS["block"] = lambda seed=0: blocked(4, 2, (16, 12), seed=seed)
+
+
+def stacked(layers):
+    """Stack layers; windows are laid out for all of them at once."""
+    if not isinstance(layers[0], formats.WindowArray):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return formats.WindowArray.from_canonical(stacked([w.canonical for w in layers]))
 
 
 def product(x, w):
@@ -293,7 +312,8 @@ def close(found, expected):
 @built
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_works_in_jit_grad_cond_scan_and_vmap(kind):
-    w, x = KINDS[kind](), normal(1, (3, 16))
+    w = KINDS[kind]()
+    x = normal(1, (3, w.shape[-2]))
     dense = w.todense()
     assert calls(product, x, w) == 1
     close(product(x, w), x @ dense)
@@ -304,7 +324,7 @@ def test_it_works_in_jit_grad_cond_scan_and_vmap(kind):
     close(jax.grad(loss, 1)(product, x, w), jax.grad(loss, 1)(jnp.matmul, x, dense))
     branch = lax.cond(x[0, 0] > 0, product, lambda x, w: -product(x, w), x, w)
     close(jnp.abs(branch), jnp.abs(x @ dense))
-    stack = jax.tree.map(lambda *a: jnp.stack(a), *[KINDS[kind](s) for s in range(3)])
+    stack = stacked([KINDS[kind](seed) for seed in range(3)])
     _, scanned = lax.scan(lambda _, w: (None, product(x, w)), None, stack)
     close(scanned, x @ stack.todense())
     close(jax.vmap(product, (None, 0))(x, stack), x @ stack.todense())
@@ -321,7 +341,8 @@ def test_it_works_in_jit_grad_cond_scan_and_vmap(kind):
 @built
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_works_under_shard_map_and_gives_way_to_the_partitioner(kind):
-    w, x = KINDS[kind](), normal(1, (8, 16))
+    w = KINDS[kind]()
+    x = normal(1, (8, w.shape[-2]))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = jax.NamedSharding(mesh, P("data"))
     mapped = jax.shard_map(
@@ -335,6 +356,22 @@ def test_it_works_under_shard_map_and_gives_way_to_the_partitioner(kind):
     close(jax.jit(nm.matmul)(sharded, spread), x @ w.todense())
     with pytest.raises(NotImplementedError, match="over 8 devices; call it under"):
         jax.jit(product)(sharded, spread)
+
+
+@built
+def test_windows_pass_on_what_is_not_finite_as_documented():
+    w = in_windows(5, (80, 12))
+    dense = np.asarray(w.todense())
+    # No window of these weights starts at input 43: its zeros have no part in it.
+    x = jnp.ones((1, 80)).at[0, 43].set(jnp.inf)
+    found = np.asarray(native.multiply(x, w))[0]
+    needed = dense[43] != 0
+    assert needed.any() and np.isinf(found[needed]).all()
+    close(found[~needed], dense.sum(0)[~needed])
+    # At the first input of a window they have, as all zeros of dense weights do.
+    first = int(w.starts[-1])
+    found = np.asarray(native.multiply(jnp.ones((1, 80)).at[0, first].set(jnp.inf), w))
+    assert np.isnan(found[0, dense[first] == 0]).any()
 
 
 @built
@@ -376,6 +413,9 @@ def test_a_named_native_kernel_that_cannot_serve_says_why():
         product(x, formats.quantize(w, jnp.float8_e4m3fn))
     with pytest.raises(NotImplementedError, match="neurons in the columns"):
         product(normal(1, (1, 12)), w.transposed)
+    window = KINDS["window"]()
+    with pytest.raises(NotImplementedError, match="columns of a WindowArray"):
+        product(normal(1, (1, 12)), window.transposed)
     with pytest.raises(NotImplementedError, match="groups along the inputs"):
         product(x, formats.NMArray.from_dense(jnp.zeros((16, 4)), 2, 4, -1))
     with pytest.raises(ValueError, match="implementation='fast' is not None"):
@@ -387,7 +427,7 @@ def test_a_named_native_kernel_that_cannot_serve_says_why():
 
 def test_the_table_is_whole():
     found = choosing.table()
-    assert {key[0] for key in found} == {"FanIn", "NM", "Block"}
+    assert {key[0] for key in found} == {"FanIn", "Window", "NM", "Block"}
     for ratios in found.values():
         assert set(ratios) <= set(choosing.FORMS) and "decompress" in ratios
         assert all(ratio > 0 for ratio in ratios.values())

@@ -4,6 +4,7 @@
 - `FanInArray`: the same number of inputs for every active neuron.
 - `BlockArray`: whole blocks.
 - `PreparedArray`: an `NMArray` as the tensor cores of a GPU take it, by `prepare`.
+- `WindowArray`: a `FanInArray` as AVX-512 takes it, by `prepare`.
 - `validate`: checks what was read from somewhere.
 - `quantize`: integers or float8 with scales in place of the values.
 - `decompress`, `sizes`: whole trees of params, as `nmjax.compress` makes them.
@@ -21,6 +22,7 @@ from nmjax.formats.prepared import PreparedArray, prepare
 from nmjax.formats.quantizing import quantize
 from nmjax.formats.trees import decompress, is_compressed, sizes
 from nmjax.formats.validation import validate
+from nmjax.formats.windows import WindowArray
 
 __all__ = [
     "BlockArray",
@@ -28,6 +30,7 @@ __all__ = [
     "FanInArray",
     "NMArray",
     "PreparedArray",
+    "WindowArray",
     "decompress",
     "is_compressed",
     "prepare",

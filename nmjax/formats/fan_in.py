@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,68 @@ from nmjax.masking.ordering import as_axes
 from nmjax.typing import MaskArray, WeightArray
 
 
+class NeuronArray(Compressed):
+    """A compressed array whose active neurons all keep the same number of inputs."""
+
+    neurons: Any
+    neuron_axes: tuple[int, ...]
+
+    @property
+    def fan_in(self) -> int:
+        """Number k of inputs of an active neuron."""
+        raise NotImplementedError
+
+    @property
+    def outputs(self) -> int:
+        """Number of neurons, ablated ones too."""
+        return math.prod(self.dense_shape[axis] for axis in self.neuron_axes)
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs that a neuron could have."""
+        return math.prod(self.dense_shape) // max(1, self.outputs)
+
+    @property
+    def layout(self) -> str:
+        """What is stored, in words."""
+        alive = self.neurons.shape[-1]
+        return (
+            f"fan-in {self.fan_in} of {self.inputs}, {alive} of {self.outputs} neurons"
+        )
+
+    @property
+    def matrix(self) -> "NeuronArray | None":
+        """The same array as a matrix, if its trailing axes count neurons."""
+        count = len(self.neuron_axes)
+        if self.neuron_axes != tuple(range(-count, 0)):
+            return None
+        shape = self.inputs, self.outputs
+        return dataclasses.replace(
+            cast(Any, self), dense_shape=shape, neuron_axes=(-1,)
+        )
+
+    @property
+    def transposed(self) -> "NeuronArray | None":
+        """The transpose of a matrix; None for other ranks."""
+        if len(self.dense_shape) != 2 or len(self.neuron_axes) != 1:
+            return None
+        axes = (-3 - self.neuron_axes[0],)
+        return dataclasses.replace(
+            cast(Any, self), dense_shape=self.dense_shape[::-1], neuron_axes=axes
+        )
+
+    def _from_rows(self, rows: Array) -> Array:
+        """Give the dense array of one layer, of rows ``(outputs, inputs)``."""
+        rank = len(self.dense_shape)
+        neurons = [rank + axis for axis in self.neuron_axes]
+        inputs = [axis for axis in range(rank) if axis not in neurons]
+        shape = tuple(self.dense_shape[axis] for axis in (*neurons, *inputs))
+        return rows.reshape(shape).transpose(np.argsort([*neurons, *inputs]).tolist())
+
+
 @register
 @dataclasses.dataclass(frozen=True, repr=False)
-class FanInArray(Compressed):
+class FanInArray(NeuronArray):
     """An array of which every neuron keeps the same number k of inputs.
 
     Neurons without inputs (ablated ones) are not stored; their entries are zero.
@@ -122,44 +181,11 @@ class FanInArray(Compressed):
         """Number k of inputs of an active neuron."""
         return self.values.shape[-1]
 
-    @property
-    def layout(self) -> str:
-        """What is stored, in words."""
-        total = math.prod(self.dense_shape[axis] for axis in self.neuron_axes)
-        inputs = math.prod(self.dense_shape) // max(1, total)
-        alive = self.values.shape[-2]
-        return f"fan-in {self.fan_in} of {inputs}, {alive} of {total} neurons"
-
-    @property
-    def matrix(self) -> "FanInArray | None":
-        """The same array as a matrix, if its trailing axes count neurons."""
-        count = len(self.neuron_axes)
-        if self.neuron_axes != tuple(range(-count, 0)):
-            return None
-        split = len(self.dense_shape) - count
-        shape = math.prod(self.dense_shape[:split]), math.prod(self.dense_shape[split:])
-        return dataclasses.replace(self, dense_shape=shape, neuron_axes=(-1,))
-
-    @property
-    def transposed(self) -> "FanInArray | None":
-        """The transpose of a matrix; None for other ranks."""
-        if len(self.dense_shape) != 2 or len(self.neuron_axes) != 1:
-            return None
-        axes = (-3 - self.neuron_axes[0],)
-        return dataclasses.replace(
-            self, dense_shape=self.dense_shape[::-1], neuron_axes=axes
-        )
-
     def place(self, values: WeightArray) -> WeightArray:
         """Put values like `values` to where these stand in the dense array."""
         if values.ndim > 2:  # a stack of layers
             return jax.vmap(type(self).place)(self, values)
-        rank = len(self.dense_shape)
-        neurons = [rank + axis for axis in self.neuron_axes]
-        inputs = [axis for axis in range(rank) if axis not in neurons]
-        shape = tuple(self.dense_shape[axis] for axis in (*neurons, *inputs))
-        total = math.prod(shape[: len(neurons)])
-        length = math.prod(shape[len(neurons) :])
+        total, length = self.outputs, self.inputs
 
         def row(values: Array, indices: Array) -> Array:
             zeros = jnp.zeros_like(values, shape=(length,))
@@ -175,7 +201,7 @@ class FanInArray(Compressed):
         if self.neurons.size < total:
             zeros = jnp.zeros_like(rows, shape=(total, length))
             rows = zeros.at[self.neurons].set(rows, unique_indices=True)
-        return rows.reshape(shape).transpose(np.argsort([*neurons, *inputs]).tolist())
+        return self._from_rows(rows)
 
 
 def index_dtype(count: int) -> Any:

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nmjax.formats import images
+from nmjax.formats import images, windows
 from nmjax.formats.checks import Compressed, register
+from nmjax.formats.fan_in import FanInArray
 from nmjax.formats.grouped import NMArray
+from nmjax.formats.windows import WindowArray
 from nmjax.typing import Params, WeightArray
 
 TARGETS = ("sm80", "sm90", "sm100")
@@ -17,6 +19,9 @@ TARGETS = ("sm80", "sm90", "sm100")
 
 MULTIPLE = 128
 """Outputs and inputs are filled up with zeros to a multiple of this, once."""
+
+CPU = "cpu"
+"""The other target: constant fan-in weights for a CPU with AVX-512."""
 
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 """Dtypes of weights that they multiply; quantized values are cast to theirs first."""
@@ -186,11 +191,11 @@ def _with_distinct(codes: Any, outputs: int, kept: int, total: int) -> jax.Array
 
 
 def refusal(small: Compressed, target: str) -> str:
-    """Say why an array cannot be prepared for a GPU; empty where it can.
+    """Say why an array cannot be prepared; empty where it can.
 
     Args:
       small: a compressed array.
-      target: the GPU, of `TARGETS`.
+      target: a GPU, of `TARGETS`, or ``"cpu"``.
 
     Returns:
       The reason, or an empty string.
@@ -206,8 +211,9 @@ def refusal(small: Compressed, target: str) -> str:
       >>> prepared.refusal(small, "sm90")
       'sparse tensor cores take bfloat16, float16, float8_..., int8, not float32: ...
     """
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r} is none of {', '.join(TARGETS)}")
+    _check_target(target)
+    if target == CPU:
+        return windows.refusal(small)
     if not isinstance(small, NMArray):
         return f"{type(small).__name__} has no layout for sparse tensor cores"
     if (small.n, small.m) != (2, 4):
@@ -220,23 +226,34 @@ def refusal(small: Compressed, target: str) -> str:
     return ""
 
 
+def _check_target(target: str) -> None:
+    if target not in (*TARGETS, CPU):
+        raise ValueError(f"target={target!r} is none of {', '.join((*TARGETS, CPU))}")
+
+
 def prepare(params: Params, target: str | None = None) -> Params:
-    """Lay out the 2:4 leaves of params for the sparse tensor cores of a GPU.
+    """Lay out the leaves of params for the hardware that shall multiply them.
 
     Do this once, after loading: `nmjax.matmul`, `nmjax.linen.apply` and `nmjax.nnx`
-    take the result as they take compressed params, and on that GPU multiply it with a
-    Pallas kernel. Elsewhere it is computed as its `NMArray` is, after its positions
-    were put back in order at every call.
+    take the result as they take compressed params. Save what `nmjax.compress` gave;
+    ``canonical`` of a prepared leaf gives it back.
+
+    - For a GPU, 2:4 leaves of 8- or 16-bit values become
+      `nmjax.formats.PreparedArray`, which its sparse tensor cores take. Elsewhere
+      positions are put back in order at every call.
+    - For a CPU with AVX-512, constant fan-in leaves become
+      `nmjax.formats.WindowArray`, which is faster at up to 8 rows and slower at many.
+      Without AVX-512 it is slower at any number.
+
+    Other leaves stay as they are; `nmjax.formats.prepared.refusal` says why.
 
     Args:
       params: a tree with compressed arrays, from `nmjax.compress`.
       target: ``"sm90"`` (Hopper), or, experimental, ``"sm80"`` (Ampere) or ``"sm100"``
-        (Blackwell). Default: the GPU that JAX runs on.
+        (Blackwell), or ``"cpu"``. Default: the GPU that JAX runs on.
 
     Returns:
-      The tree with a `nmjax.formats.PreparedArray` in place of every 2:4 `NMArray` of
-      8- or 16-bit values. Other leaves stay as they are;
-      `nmjax.formats.prepared.refusal` says why.
+      The tree with prepared leaves.
 
     Raises:
       ValueError: there is no such target.
@@ -252,15 +269,16 @@ def prepare(params: Params, target: str | None = None) -> Params:
       [14.0]
     """
     chosen = _present() if target is None else target
+    _check_target(chosen)
 
     def ready(leaf: Any) -> Any:
         if not isinstance(leaf, Compressed) or refusal(leaf, chosen):
             return leaf
+        if isinstance(leaf, FanInArray):
+            return WindowArray.from_canonical(leaf)
         assert isinstance(leaf, NMArray)
         return PreparedArray.from_canonical(leaf, chosen)
 
-    if chosen not in TARGETS:
-        raise ValueError(f"target={target!r} is none of {', '.join(TARGETS)}")
     return jax.tree.map(ready, params, is_leaf=lambda x: isinstance(x, Compressed))
 
 
@@ -273,6 +291,7 @@ def _present() -> str:
     if device.platform != "gpu" or major not in known:
         raise RuntimeError(
             f"JAX runs on {device.device_kind}, which has no sparse tensor cores that "
-            "nmjax knows; name the GPU to prepare for, as in prepare(params, 'sm90')"
+            "nmjax knows; name what to prepare for, as in prepare(params, 'sm90') or "
+            "prepare(params, 'cpu')"
         )
     return known[major]

@@ -1,13 +1,15 @@
 """Quantization: values of 8 bits, with a scale for each output or block."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from nmjax.formats.blocks import BlockArray
 from nmjax.formats.checks import Compressed, check_concrete
+from nmjax.formats.fan_in import FanInArray
+from nmjax.formats.windows import WindowArray
 
 DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 
@@ -54,6 +56,10 @@ def quantize(small: Compressed, dtype: Any = jnp.int8) -> Compressed:
             "weights as they were trained"
         )
     check_concrete("formats.quantize", small.values)
+    if isinstance(small, WindowArray):  # which has the values of 16 outputs in a row
+        return WindowArray.from_canonical(
+            cast(FanInArray, quantize(small.canonical, dtype))
+        )
     axes = (-2, -1) if isinstance(small, BlockArray) else (-1,)
     values = small.values.astype(jnp.float32)
     most = jnp.max(jnp.abs(values), axis=axes, keepdims=True)

@@ -9,6 +9,7 @@ from nmjax.formats.blocks import BlockArray
 from nmjax.formats.checks import Compressed, check_concrete, first_place
 from nmjax.formats.fan_in import FanInArray
 from nmjax.formats.grouped import NMArray
+from nmjax.formats.windows import LANES, SLOTS, WINDOW, WindowArray
 
 
 def validate(small: Compressed) -> Compressed:
@@ -45,6 +46,8 @@ def validate(small: Compressed) -> Compressed:
     check_concrete("formats.validate", small.values)
     if isinstance(small, FanInArray):
         _validate_fan_in(small)
+    elif isinstance(small, WindowArray):
+        _validate_windows(small)
     elif isinstance(small, NMArray):
         _validate_groups(small)
     elif isinstance(small, BlockArray):
@@ -53,13 +56,25 @@ def validate(small: Compressed) -> Compressed:
 
 
 def _validate_fan_in(small: FanInArray) -> None:
-    outputs = math.prod(small.dense_shape[axis] for axis in small.neuron_axes)
-    inputs = math.prod(small.dense_shape) // max(1, outputs)
     _check_shape("indices", small.indices, small.values.shape)
     _check_shape("neurons", small.neurons, small.values.shape[:-1])
-    _check_below("indices", small.indices, inputs)
-    _check_below("neurons", small.neurons, outputs)
+    _check_below("indices", small.indices, small.inputs)
+    _check_below("neurons", small.neurons, small.outputs)
     _check_ascending("indices", small.indices)
+    _check_ascending("neurons", small.neurons)
+
+
+def _validate_windows(small: WindowArray) -> None:
+    windows, alive = small.values.shape[:-2], small.neurons.shape[-1]
+    groups = -(-alive // LANES)
+    _check_shape("values", small.values, (*windows, SLOTS, LANES))
+    _check_shape("positions", small.positions, (*windows, LANES))
+    _check_shape("starts", small.starts, windows)
+    _check_shape("offsets", small.offsets, (*small.stack_shape, groups + 1))
+    _check_below("starts", small.starts, small.inputs - WINDOW + 1)
+    _check_below("offsets", small.offsets, windows[-1] + 1)
+    _check_below("neurons", small.neurons, small.outputs)
+    _check_ascending("offsets", small.offsets)
     _check_ascending("neurons", small.neurons)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
+from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray, WindowArray
 from nmjax.kernels import native, reference
 
 FORMS: dict[str, Callable[..., Array]] = {
@@ -118,7 +118,7 @@ def _measured(x: Any, w: Compressed) -> dict[str, float]:
     """Find the entry of the table that is most similar to a product."""
     batch = x.shape[0] if isinstance(x.shape[0], int) else 64  # symbolic in an export
     layout, values = layout_of(w), str(w.values.dtype)
-    density = max(1, w.values.size) / max(1, w.size)
+    density = max(1, _kept(w)) / max(1, w.size)
     found = {key[2:]: ratios for key, ratios in table().items() if key[:2] == layout}
     if not found:
         return {}
@@ -137,6 +137,13 @@ def _measured(x: Any, w: Compressed) -> dict[str, float]:
         # Expanding takes as long for any pattern; this kernel has its own for some.
         return {form: ratio for form, ratio in ratios.items() if form != "direct"}
     return ratios
+
+
+def _kept(w: Compressed) -> int:
+    """Count the stored weights, but not what fills up between them."""
+    if isinstance(w, WindowArray):
+        return math.prod(w.neurons.shape) * w.fan_in
+    return w.values.size
 
 
 def layout_of(w: Compressed) -> tuple[str, str]:
@@ -164,6 +171,8 @@ def layout_of(w: Compressed) -> tuple[str, str]:
             return abs(math.log(n / m * w.m / w.n)), abs(math.log(m / w.m))
 
         return "NM", min(sorted(patterns), key=unlike, default="")
+    if isinstance(w, WindowArray):
+        return "Window", ""
     if not isinstance(w, BlockArray):
         return "FanIn", ""
     *_, inputs, outputs = w.values.shape

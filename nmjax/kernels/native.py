@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray
+from nmjax.formats import BlockArray, Compressed, FanInArray, NMArray, WindowArray
 from nmjax.formats.packing import code_bits
 
 INSTRUCTIONS = ("avx512", "avx2", "portable")
@@ -61,7 +61,7 @@ def load() -> Library:
         )
     try:
         library = ctypes.CDLL(str(path))
-        for name in ("fan_in", "grouped", "blocks"):
+        for name in ("fan_in", "windows", "grouped", "blocks"):
             capsule = jax.ffi.pycapsule(getattr(library, f"nmjax_{name}"))
             jax.ffi.register_ffi_target(f"nmjax_{name}", capsule, platform="cpu")
         library.nmjax_instructions.restype = ctypes.c_char_p
@@ -92,8 +92,9 @@ def refusal(x: Any, w: Compressed) -> str:
       >>> native.refusal(jnp.ones((1, 4), jnp.float16), w)
       'the native kernels take float32 and bfloat16 inputs, not float16'
     """
-    if isinstance(w, FanInArray) and w.neuron_axes != (-1,):
-        return "the native kernels want neurons in the columns of a FanInArray"
+    if isinstance(w, FanInArray | WindowArray) and w.neuron_axes != (-1,):
+        kind = type(w).__name__
+        return f"the native kernels want neurons in the columns of a {kind}"
     if isinstance(w, NMArray) and w.axis != -2:
         return "the native kernels want groups along the inputs of an NMArray"
     if isinstance(w, BlockArray) and w.axis != -2:
@@ -170,6 +171,9 @@ def _call_of(w: Any) -> tuple[str, tuple[Array, ...], dict[str, Any]]:
     options: dict[str, Any] = {"has_scales": w.scales is not None}
     if isinstance(w, FanInArray):
         return "fan_in", (w.values, scales, w.indices, w.neurons), options
+    if isinstance(w, WindowArray):
+        places = w.positions, w.starts, w.offsets, w.neurons
+        return "windows", (w.values, scales, *places), options
     if isinstance(w, BlockArray):
         return "blocks", (w.values, scales, w.rows, w.columns), options
     sizes = {"n": w.n, "m": w.m, "bits": code_bits(w.m)}

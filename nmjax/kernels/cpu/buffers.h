@@ -164,6 +164,28 @@ static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer indices,
           : static_cast<const int32_t*>(neurons.untyped_data()) + layer * alive;
 }
 
+static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer positions,
+                     ffi::AnyBuffer starts, ffi::AnyBuffer offsets,
+                     ffi::AnyBuffer neurons, WindowTask* task) {
+  task->neurons = Length(neurons, 1);
+  return AsNumber(values.element_type(), &task->value) &&
+         positions.element_type() == ffi::U16 && starts.element_type() == ffi::S32 &&
+         offsets.element_type() == ffi::S32 && neurons.element_type() == ffi::S32;
+}
+
+static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer positions,
+                     ffi::AnyBuffer starts, ffi::AnyBuffer offsets,
+                     ffi::AnyBuffer neurons, int64_t layer, WindowTask* task) {
+  const int64_t windows = layer * Length(starts, 1);
+  task->values = At(values.untyped_data(), 32 * windows, task->value);
+  task->positions = positions.typed_data<uint16_t>() + 16 * windows;
+  task->starts = starts.typed_data<int32_t>() + windows;
+  task->offsets = offsets.typed_data<int32_t>() + layer * Length(offsets, 1);
+  task->columns = task->neurons == task->outputs
+                      ? nullptr
+                      : neurons.typed_data<int32_t>() + layer * task->neurons;
+}
+
 static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer codes, int64_t n, int64_t m,
                      int64_t bits, GroupedTask* task) {
   task->columns = nullptr;

@@ -37,6 +37,28 @@ struct FanInTask {
   Finish finish;
 };
 
+// Inputs of a window. A position has a bit above it where there is no weight but a zero.
+constexpr int64_t kWindow = 64;
+
+// y = x w for a constant fan-in in windows: 16 neurons, side by side, have two weights each
+// among kWindow inputs in a row.
+struct WindowTask {
+  const void* values;         // (windows, 2, 16)
+  Number value;               // kFloat32, kBfloat16, kInt8
+  const uint16_t* positions;  // (windows, 16): those of both weights, 8 bits each
+  const int32_t* starts;      // (windows): first input; kWindow of them are there
+  const int32_t* offsets;     // (groups + 1): first window of each 16 neurons
+  const float* scales;        // (neurons), or null
+  const int32_t* columns;     // as in FanInTask
+  int64_t neurons, inputs;
+  const float* x;  // as in FanInTask, and (rows, inputs) for few rows
+  int64_t width, rows;
+  void* y;     // (rows, outputs)
+  Number out;  // kFloat32, kBfloat16
+  int64_t outputs;
+  Finish finish;
+};
+
 // y = x w for n of every m inputs: weights of one output after the other.
 struct GroupedTask {
   const void* values;    // (outputs, kept)

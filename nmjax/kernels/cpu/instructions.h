@@ -17,10 +17,12 @@ template <class Task>
 using ExpandKernel = void (*)(const Task&, int64_t, int64_t, int64_t, int64_t, float*);
 struct Expansions {
   ExpandKernel<FanInTask> fan_in;
+  ExpandKernel<WindowTask> windows;
   ExpandKernel<GroupedTask> grouped;
   ExpandKernel<BlockTask> blocks;
 
   ExpandKernel<FanInTask> Of(const FanInTask&) const { return fan_in; }
+  ExpandKernel<WindowTask> Of(const WindowTask&) const { return windows; }
   ExpandKernel<GroupedTask> Of(const GroupedTask&) const { return grouped; }
   ExpandKernel<BlockTask> Of(const BlockTask&) const { return blocks; }
 };
@@ -32,6 +34,8 @@ struct Kernels {
   void (*transpose)(const void*, Number, int64_t, int64_t, int64_t, int64_t, float*,
                     int64_t);
   void (*fan_in)(const FanInTask&, int64_t, int64_t);
+  void (*windows)(const WindowTask&, int64_t, int64_t);
+  void (*look_up)(const WindowTask&, int64_t, int64_t);  // for few rows, or null
   void (*grouped)(const GroupedTask&, int64_t, int64_t);
   void (*blocks)(const BlockTask&, int64_t, int64_t);
   void (*dense)(const DenseTask&, int64_t, int64_t);

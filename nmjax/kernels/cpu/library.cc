@@ -83,7 +83,8 @@ static void Multiply(ffi::ThreadPool& pool, const Layer<Task>& layer, const Task
 }
 
 // Write what ablated neurons put out, to all outputs.
-static void FillRows(const FanInTask& task, char* y, int64_t rows) {
+template <class Task>
+static void FillRows(const Task& task, char* y, int64_t rows) {
   if (rows == 0) return;
   for (int64_t output = 0; output < task.outputs; ++output) {
     portable::Put(y, task.out, output, portable::Finished(task.finish, output, 0.0f));
@@ -132,6 +133,68 @@ static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                         {*kernels, kernels->fan_in, from, to, x_type, rows, inputs,
                          alive, alive * task.fan_in},
                         task, shares, tiles.get());
+  }
+  return ffi::Error::Success();
+}
+
+// Rows of x that are taken from registers, window by window, and not from a tile.
+constexpr int64_t kFewRows = 16;
+
+static ffi::Error WindowsCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
+                              ffi::AnyBuffer values, ffi::AnyBuffer scales,
+                              ffi::AnyBuffer bias, ffi::AnyBuffer positions,
+                              ffi::AnyBuffer starts, ffi::AnyBuffer offsets,
+                              ffi::AnyBuffer neurons, ffi::Result<ffi::AnyBuffer> y,
+                              bool has_scales, bool has_bias, bool relu, bool expand,
+                              std::string_view instructions) {
+  const Kernels* kernels = Find(instructions);
+  if (!kernels) return Unsupported("set of instructions on this processor");
+  WindowTask task;
+  Number x_type;
+  if (!Describe(values, positions, starts, offsets, neurons, &task) ||
+      !AsNumber(x.element_type(), &x_type)) {
+    return Unsupported("dtype");
+  }
+  const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
+  const int64_t alive = task.neurons, count = rows * inputs;
+  const bool few = !expand && kernels->look_up && rows <= kFewRows;
+  const bool widen = x_type != Number::kFloat32;
+  const Shares shares(pool, rows, inputs, kernels->lanes);
+  const int64_t tile = few ? widen * count : shares.count * shares.width * inputs;
+  Scratch tiles = Allocate(expand ? 1 : tile);
+  Expanded expanded(pool, *kernels, expand, rows, inputs, alive);
+  Floats factors(scales, has_scales, alive), biases(bias, has_bias, outputs);
+  if (!tiles || !expanded || !factors || !biases) return OutOfMemory();
+  task.rows = rows;
+  task.inputs = inputs;
+  task.outputs = outputs;
+  task.out = x_type;
+  task.finish.relu = relu;
+  const int64_t stack = Stack(x, 2), groups = Length(offsets, 1) - 1;
+  for (int64_t layer = 0; layer < stack; ++layer) {
+    SetLayer(values, positions, starts, offsets, neurons, layer, &task);
+    task.scales = factors.OfLayer(*kernels, layer);
+    task.finish.bias = biases.OfLayer(*kernels, layer);
+    const void* from = At(x.untyped_data(), layer * count, x_type);
+    char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
+    if (task.columns) FillRows(task, to, rows);
+    const int64_t work = 32 * task.offsets[groups];
+    if (expand) {
+      expanded.Multiply(task, from, to);
+    } else if (few) {
+      if (widen) kernels->widen(from, x_type, tiles.get(), count);
+      task.x = widen ? tiles.get() : static_cast<const float*>(from);
+      task.y = to;
+      const int64_t chunk = (ChunkOf(pool, alive, work * std::max<int64_t>(1, rows)) + 8) / 16;
+      ParallelFor(pool, (groups + chunk - 1) / chunk, [=](int64_t i) {
+        kernels->look_up(task, i * chunk, std::min(groups, (i + 1) * chunk));
+      });
+    } else {
+      Multiply<WindowTask>(pool,
+                           {*kernels, kernels->windows, from, to, x_type, rows, inputs,
+                            alive, work},
+                           task, shares, tiles.get());
+    }
   }
   return ffi::Error::Success();
 }
@@ -243,6 +306,19 @@ static auto Product() {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_fan_in, nmjax::FanInCall,
                               Product()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<bool>("has_scales")
+                                  .Attr<bool>("has_bias")
+                                  .Attr<bool>("relu")
+                                  .Attr<bool>("expand")
+                                  .Attr<std::string_view>("instructions"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nmjax_windows, nmjax::WindowsCall,
+                              Product()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Ret<Buffer>()
