@@ -15,7 +15,7 @@ beside scipy, jax.experimental.sparse and torch, in one run:
   bfloat16), the next one each time, so that dense weights come from memory.
 
 "nmjax" is `nmjax.matmul` as users call it, "xla" and "native" are its implementations,
-"direct" and "expand" the forms of native kernels, "slots", "blocks" and "decompress"
+"prepared" is `nmjax.matmul` of arrays that `nmjax.prepare` laid out for the CPU, "direct" and "expand" the forms of native kernels, "slots", "blocks" and "decompress"
 those in `nmjax.kernels.reference`. Speed-ups are over dense weights in the dtype of x.
 "limit" is what reading the bytes takes that a form has to touch, timed in the same run:
 small batches can come near to it, large ones have to compute. Results are compared with
@@ -59,7 +59,7 @@ from nmjax.kernels import choosing
 
 SECTIONS = ("single", "chain", "nm", "block", "table")
 XLA = ("dense", "masked dense", "nmjax", "xla", "native")
-SPARSE = (*XLA, "scipy CSR", "BCOO", "BCSR", "torch dense", "torch CSR")
+SPARSE = (*XLA, "prepared", "scipy CSR", "BCOO", "BCSR", "torch dense", "torch CSR")
 SLOWEST_PICK = 1.1
 """A pick of dispatch that is slower than this, relative to masked dense, is timed again
 before it is believed."""
@@ -216,6 +216,7 @@ class Benchmark:
 
         for density in scale.table_densities:
             self.compare(case("FanIn", density), scale.table, (*names, "slots"))
+            self.compare(case("Window", density), scale.table, names)
         for n, m in scale.patterns:
             for values in scale.values:
                 small = case("NM", n / m, (n, m), values=values)

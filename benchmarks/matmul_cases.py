@@ -5,6 +5,7 @@ a single layer is a chain of one. Or its layers are apart: each call runs the ne
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -31,9 +32,9 @@ class Case:
     Attributes:
       section: the section of the benchmark it belongs to.
       shapes: ``(inputs, outputs)`` of every layer.
-      format: "FanIn", "NM" or "Block".
+      format: "FanIn", "Window" (prepared FanIn), "NM" or "Block".
       density: kept fraction.
-      sides: n and m of NM, outputs and inputs of Block, nothing of FanIn.
+      sides: n and m of NM, outputs and inputs of Block, nothing of the others.
       values: dtype of the stored values: float32, bfloat16 or int8.
       apart: whether each call runs one layer, the next one, all of one shape.
     """
@@ -54,7 +55,7 @@ class Case:
 
     @property
     def layout(self) -> str:
-        """Name the parameters of the format: "2:4", "16x1"; nothing for FanIn."""
+        """Name the parameters of the format: "2:4", "16x1"; nothing of the others."""
         return {"NM": ":", "Block": "x"}.get(self.format, "").join(map(str, self.sides))
 
     @property
@@ -93,6 +94,11 @@ class Weights:
     dense: Sequence[jax.Array]
     masks: Sequence[jax.Array]
     small: Sequence[formats.Compressed]
+
+    @functools.cached_property
+    def prepared(self) -> Sequence[formats.Compressed]:
+        """Give the compressed arrays, prepared for the CPU."""
+        return nm.prepare(list(self.small), "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +202,7 @@ def _mask(case: Case, noise: np.ndarray) -> jax.Array:
     scores = jnp.asarray(np.abs(noise))
     if case.format == "NM":
         return nm.nm_mask(scores, *case.sides)
-    if case.format == "FanIn":
+    if case.format in ("FanIn", "Window"):
         return nm.fan_in_mask(scores, max(1, round(case.density * noise.shape[0])))
     outputs, inputs = case.sides
     count = max(1, round(case.density * noise.size / (outputs * inputs)))
@@ -205,8 +211,10 @@ def _mask(case: Case, noise: np.ndarray) -> jax.Array:
 
 def _compress(case: Case, sparse: jax.Array, mask: jax.Array) -> Any:
     """Store in the format of the case."""
-    if case.format == "FanIn":
+    if case.format in ("FanIn", "Window"):
         small = formats.FanInArray.from_dense(sparse, mask=mask)
+        if case.format == "Window":
+            small = formats.WindowArray.from_canonical(small)
     elif case.format == "NM":
         small = formats.NMArray.from_dense(sparse, *case.sides, mask=mask)
     else:

@@ -46,6 +46,7 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
     "nmjax": nm.matmul,
     "xla": partial(nm.matmul, implementation="xla"),
     "native": partial(nm.matmul, implementation="native"),
+    "prepared": nm.matmul,
     **choosing.FORMS,
 }
 
@@ -54,7 +55,7 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
 def jitted(name: str) -> Any:
     """Jit a chain of products by name: one function, so that shapes compile once."""
     product, activated = PRODUCTS[name], None
-    if name in ("nmjax", "xla", "native"):
+    if name in ("nmjax", "xla", "native", "prepared"):
         activated = partial(product, activation="relu")
     return jax.jit(chain_of(product, activated))
 
@@ -113,6 +114,8 @@ def forms_of(
                 form = form_of(name, own, weights.dense if name == "dense" else pairs)
             elif name == "native, x float32":
                 form = form_of("native", x, weights.small)
+            elif name == "prepared":
+                form = form_of(name, own, weights.prepared)
             elif name in PRODUCTS:
                 _check_step(case, name, x.shape[0])
                 form = form_of(name, own, weights.small)

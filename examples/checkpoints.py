@@ -31,12 +31,12 @@ def save(directory: pathlib.Path, params: Any) -> None:
     Args:
       directory: Folder of the checkpoint.
       params: A tree of arrays and compressed arrays: nested dicts, an `nnx.State`, ...
-        Prepared arrays are saved as the `NMArray` they were made from.
+        Prepared arrays are saved as what they were made from.
     """
     leaves, layouts = {}, {}
     for path, leaf in _named(params):
-        if isinstance(leaf, formats.PreparedArray):
-            leaf = leaf.canonical  # the same for every GPU
+        if isinstance(leaf, formats.PreparedArray | formats.WindowArray):
+            leaf = leaf.canonical  # the same for all hardware
         leaves[path] = leaf
         if formats.is_compressed(leaf):
             layouts[path] = {"format": type(leaf).__name__, **_static(leaf)}

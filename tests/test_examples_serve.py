@@ -246,6 +246,11 @@ def test_prepared_arrays_are_saved_as_what_they_were_made_from(tmp_path):
     small = {"kernel": formats.NMArray.from_dense(kept, 2, 4)}
     checkpoints.save(tmp_path / "x", nm.prepare(small, "sm90"))
     assert_same_tree(checkpoints.load(tmp_path / "x"), small)
+    small = {"kernel": formats.FanInArray.from_dense(jnp.eye(64, 3))}
+    ready = nm.prepare(small, "cpu")
+    assert isinstance(ready["kernel"], formats.WindowArray)
+    checkpoints.save(tmp_path / "y", ready)
+    assert_same_tree(checkpoints.load(tmp_path / "y"), small)
 
 
 def test_missing_checkpoints_are_errors(tmp_path):
