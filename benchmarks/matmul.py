@@ -15,8 +15,10 @@ beside scipy, jax.experimental.sparse and torch, in one run:
   bfloat16), the next one each time, so that dense weights come from memory.
 
 "nmjax" is `nmjax.matmul` as users call it, "xla" and "native" are its implementations,
-"prepared" is `nmjax.matmul` of arrays that `nmjax.prepare` laid out for the CPU, "direct" and "expand" the forms of native kernels, "slots", "blocks" and "decompress"
-those in `nmjax.kernels.reference`. Speed-ups are over dense weights in the dtype of x.
+"prepared" is `nmjax.matmul` with weights that `nmjax.prepare` laid out for the CPU,
+"direct" and "expand" are the forms of native kernels, "slots", "blocks" and
+"decompress" those in `nmjax.kernels.reference`. Speed-ups are over dense weights in the
+dtype of x.
 "limit" is what reading the bytes takes that a form has to touch, timed in the same run:
 small batches can come near to it, large ones have to compute. Results are compared with
 the dense ones before anything is timed. Weights are passed in as arguments, peers keep

@@ -69,14 +69,18 @@ def bars() -> list[Bar]:
     for layers in ("3072 -> 768", "768 -> 3072"):
         where = {"section": "single", "layers": layers, "density": 0.1, "batch": 1}
         text = f"fan-in 90 %, {layers}, batch 1"
-        found.append(Bar(f"{text}: native or prepared / dense", where, native, "dense", 4.5))
+        found.append(
+            Bar(f"{text}: native or prepared / dense", where, native, "dense", 4.5)
+        )
         text = f"{text}: native or prepared / scipy CSR"
         found.append(Bar(text, where, native, "scipy CSR", 3.0))
     chain: dict[str, Any] = {"section": "chain", "layers": CHAIN}
     for batch, least in ((8, 4.0), (64, 3.0), (256, 3.0)):
         where = chain | {"density": 0.1, "batch": batch}
         text = f"fan-in 90 %, chain, batch {batch}"
-        found.append(Bar(f"{text}: native or prepared / dense", where, native, "dense", least))
+        found.append(
+            Bar(f"{text}: native or prepared / dense", where, native, "dense", least)
+        )
         if batch >= 64:
             found.append(Bar(f"{text}: XLA alone / dense", where, xla, "dense", 2.5))
     where = chain | {"density": 0.01, "batch": 64}

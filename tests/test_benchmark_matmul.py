@@ -49,6 +49,7 @@ def test_smoke_run_writes_rows_table_and_plot(load, tmp_path, capsys):
     for section in ("single", "chain"):
         for form in ("dense", "masked dense", "nmjax", "xla", "scipy CSR", "BCSR"):
             assert (section, "FanIn", "float32", form) in rows
+        assert (section, "FanIn", "float32", "prepared") in rows
     for form in ("dense", "dense float32", "masked dense", "nmjax", "decompress"):
         assert ("table", "NM", "bfloat16", form) in rows
     assert ("table", "FanIn", "float32", "slots") in rows
@@ -57,9 +58,10 @@ def test_smoke_run_writes_rows_table_and_plot(load, tmp_path, capsys):
         measured = all(one.get(k, 0) > 0 for k in ("ms", "ratio_to_dense", "limit_ms"))
         assert measured != bool(one.get("absent"))
     assert not any("absent" in rows[key] for key in rows if key[-1] in ("dense", "xla"))
-    assert {entry["format"] for entry in found["best"]} == {"FanIn", "NM", "Block"}
+    kinds = ["FanIn", "Window", "NM", "Block"]
+    assert {entry["format"] for entry in found["best"]} == set(kinds)
     forms = json.loads((tmp_path / "forms.json").read_text())["rows"]
-    assert [entry["format"] for entry in forms] == ["FanIn", "NM", "Block"]
+    assert [entry["format"] for entry in forms] == kinds
     assert "### NMArray" in files["markdown"].read_text()
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out

@@ -198,9 +198,7 @@ def test_gradients_reach_weights_and_inputs():
     @jax.jit
     def gradients(x, values, w):
         def loss(x, values):
-            return jnp.sum(
-                jnp.sin(nm.matmul(x, dataclasses.replace(w, values=values)))
-            )
+            return jnp.sum(jnp.sin(nm.matmul(x, dataclasses.replace(w, values=values))))
 
         return jax.grad(loss, (0, 1))(x, values)
 

@@ -60,7 +60,7 @@ class WindowArray(NeuronArray):
       >>> small = formats.FanInArray.from_dense(2.0 * jnp.eye(64))
       >>> ready = nm.prepare({"kernel": small}, "cpu")["kernel"]
       >>> ready
-      WindowArray(fan-in 1 of 64, 64 of 64 neurons, 4 windows, float32[64, 64], 956 bytes, 0.0583 of dense)
+      WindowArray(fan-in 1 of 64, 64 of 64 neurons, 4 windows, float32[64, 64], 932 ...
       >>> bool((ready.todense() == 2.0 * jnp.eye(64)).all())
       True
     """
@@ -97,14 +97,14 @@ class WindowArray(NeuronArray):
             raise ValueError(f"{small!r} cannot be prepared for cpu: {reason}")
         check_concrete("WindowArray.from_canonical", small.values, small.indices)
         shape = -1, *small.values.shape[-2:]
-        pairs = zip(
-            np.asarray(small.values).reshape(shape),
-            np.asarray(small.indices).astype(np.int64).reshape(shape),
-            strict=True,
-        )
-        layers = [_lay_out(*pair, small.inputs) for pair in pairs]
+        values = np.asarray(small.values).reshape(shape)
+        indices = np.asarray(small.indices).astype(np.int64).reshape(shape)
+        layers = [
+            _lay_out(values[i], indices[i], small.inputs) for i in range(len(values))
+        ]
         most = max(len(layer.starts) for layer in layers)
-        stacked = map(np.stack, zip(*(layer.filled(most) for layer in layers)))
+        filled = (layer.filled(most) for layer in layers)
+        stacked = map(np.stack, zip(*filled, strict=True))
         values, positions, starts, offsets = (
             jnp.asarray(array.reshape(*small.stack_shape, *array.shape[1:]))
             for array in stacked
@@ -186,7 +186,8 @@ class WindowArray(NeuronArray):
             return jax.vmap(type(self).place)(self, values)
         rows, inputs, real = self._slots
         neurons = self.neurons.at[rows].get(mode="clip")
-        # Each zero that fills a place is dropped, at a row of its own that there is not.
+        # A zero that fills a place is dropped: its row is one that there is not, and
+        # is that of no other zero.
         beyond = self.outputs + jnp.arange(real.size, dtype="int32").reshape(real.shape)
         zeros = jnp.zeros_like(values, shape=(self.outputs, self.inputs))
         return self._from_rows(

@@ -153,13 +153,12 @@ static bool Describe(ffi::AnyBuffer values, ffi::AnyBuffer indices,
 }
 
 static void SetLayer(ffi::AnyBuffer values, ffi::AnyBuffer indices,
-                     ffi::AnyBuffer neurons, int64_t layer, int64_t outputs,
-                     FanInTask* task) {
+                     ffi::AnyBuffer neurons, int64_t layer, FanInTask* task) {
   const int64_t alive = Length(values, 2), count = layer * alive * task->fan_in;
   task->values = At(values.untyped_data(), count, task->value);
   task->indices = At(indices.untyped_data(), count, task->index);
   task->columns =
-      alive == outputs
+      alive == task->outputs
           ? nullptr
           : static_cast<const int32_t*>(neurons.untyped_data()) + layer * alive;
 }

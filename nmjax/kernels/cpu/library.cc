@@ -93,51 +93,92 @@ static void FillRows(const Task& task, char* y, int64_t rows) {
   for (int64_t row = 1; row < rows; ++row) std::memcpy(y + row * bytes, y, bytes);
 }
 
+// What the handlers of all formats are given and do.
+struct Product {
+  ffi::ThreadPool& pool;
+  ffi::AnyBuffer x, scales, bias, y;
+  bool has_scales, has_bias, relu, expand;
+  const Kernels* kernels;  // null if this processor does not have the instructions
+  const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(y, 1);
+  Number type = Number::kFloat32;  // of x and y
+  const bool known = AsNumber(x.element_type(), &type);
+
+  // Multiply the layers of a stack, whose weights are stored for `count` outputs and have
+  // `factors` scales. `set(layer, &task)` fills in the weights of a layer.
+  // `multiply(task, from, to, scratch)` multiplies it with `memory` floats of scratch,
+  // unless weights are expanded.
+  template <class Task, class Set, class Direct>
+  ffi::Error Run(bool described, Task task, int64_t count, int64_t factors,
+                 int64_t memory, const Set& set, const Direct& multiply) const {
+    if (!kernels) return Unsupported("set of instructions on this processor");
+    if (!known || !described) return Unsupported("dtype");
+    Scratch scratch = Allocate(expand ? 1 : memory);
+    Expanded expanded(pool, *kernels, expand, rows, inputs, count);
+    Floats scale(scales, has_scales, factors), offset(bias, has_bias, outputs);
+    if (!scratch || !expanded || !scale || !offset) return OutOfMemory();
+    task.outputs = outputs;
+    task.out = type;
+    task.finish.relu = relu;
+    const int64_t stack = Stack(x, 2);
+    for (int64_t layer = 0; layer < stack; ++layer) {
+      set(layer, &task);
+      task.scales = scale.OfLayer(*kernels, layer);
+      task.finish.bias = offset.OfLayer(*kernels, layer);
+      const void* from = At(x.untyped_data(), layer * rows * inputs, type);
+      char* to = const_cast<char*>(At(y.untyped_data(), layer * rows * outputs, type));
+      if (task.columns) FillRows(task, to, rows);
+      if (expand) {
+        expanded.Multiply(task, from, to);
+      } else {
+        multiply(task, from, to, scratch.get());
+      }
+    }
+    return ffi::Error::Success();
+  }
+
+  int64_t Lanes() const { return kernels ? kernels->lanes : 1; }
+
+  // A layer whose kernel takes tiles of rows; `count` and `work` as there.
+  template <class Task>
+  Layer<Task> Tiled(void (*kernel)(const Task&, int64_t, int64_t), const void* from,
+                    void* to, int64_t count, int64_t work) const {
+    return {*kernels, kernel, from, to, type, rows, inputs, count, work};
+  }
+
+  // The rows as floats, and how many have to be written for that.
+  int64_t Widened() const { return type == Number::kFloat32 ? 0 : rows * inputs; }
+  const float* Widen(const void* from, float* to) const {
+    if (type == Number::kFloat32) return static_cast<const float*>(from);
+    kernels->widen(from, type, to, rows * inputs);
+    return to;
+  }
+};
+
 static ffi::Error FanInCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                             ffi::AnyBuffer values, ffi::AnyBuffer scales,
                             ffi::AnyBuffer bias, ffi::AnyBuffer indices,
                             ffi::AnyBuffer neurons, ffi::Result<ffi::AnyBuffer> y,
                             bool has_scales, bool has_bias, bool relu, bool expand,
                             std::string_view instructions) {
-  const Kernels* kernels = Find(instructions);
-  if (!kernels) return Unsupported("set of instructions on this processor");
+  const Product product = {pool,       x,        scales, bias,   *y,
+                           has_scales, has_bias, relu,   expand, Find(instructions)};
   FanInTask task;
-  Number x_type;
-  if (!Describe(values, indices, neurons, &task) ||
-      !AsNumber(x.element_type(), &x_type)) {
-    return Unsupported("dtype");
-  }
-  const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
+  const bool described = Describe(values, indices, neurons, &task);
   const int64_t alive = Length(values, 2);
-  const Shares shares(pool, rows, inputs, kernels->lanes);
-  Scratch tiles = Allocate(expand ? 1 : shares.count * shares.width * inputs);
-  Expanded expanded(pool, *kernels, expand, rows, inputs, alive);
-  Floats factors(scales, has_scales, alive), offsets(bias, has_bias, outputs);
-  if (!tiles || !expanded || !factors || !offsets) return OutOfMemory();
-  task.outputs = outputs;
-  task.out = x_type;
-  task.finish.relu = relu;
-  const int64_t stack = Stack(x, 2);
-  for (int64_t layer = 0; layer < stack; ++layer) {
-    SetLayer(values, indices, neurons, layer, outputs, &task);
-    task.scales = factors.OfLayer(*kernels, layer);
-    task.finish.bias = offsets.OfLayer(*kernels, layer);
-    const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
-    char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
-    if (task.columns) FillRows(task, to, rows);
-    if (expand) {
-      expanded.Multiply(task, from, to);
-      continue;
-    }
-    Multiply<FanInTask>(pool,
-                        {*kernels, kernels->fan_in, from, to, x_type, rows, inputs,
-                         alive, alive * task.fan_in},
-                        task, shares, tiles.get());
-  }
-  return ffi::Error::Success();
+  const Shares shares(pool, product.rows, product.inputs, product.Lanes());
+  return product.Run(
+      described, task, alive, alive, shares.count * shares.width * product.inputs,
+      [&](int64_t layer, FanInTask* task) {
+        SetLayer(values, indices, neurons, layer, task);
+      },
+      [&](const FanInTask& task, const void* from, void* to, float* tiles) {
+        const int64_t work = alive * task.fan_in;
+        Multiply(pool, product.Tiled(product.kernels->fan_in, from, to, alive, work),
+                 task, shares, tiles);
+      });
 }
 
-// Rows of x that are taken from registers, window by window, and not from a tile.
+// Rows of x that are looked up window by window; for more a tile is faster.
 constexpr int64_t kFewRows = 16;
 
 static ffi::Error WindowsCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
@@ -147,56 +188,36 @@ static ffi::Error WindowsCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                               ffi::AnyBuffer neurons, ffi::Result<ffi::AnyBuffer> y,
                               bool has_scales, bool has_bias, bool relu, bool expand,
                               std::string_view instructions) {
-  const Kernels* kernels = Find(instructions);
-  if (!kernels) return Unsupported("set of instructions on this processor");
+  const Product product = {pool,       x,        scales, bias,   *y,
+                           has_scales, has_bias, relu,   expand, Find(instructions)};
   WindowTask task;
-  Number x_type;
-  if (!Describe(values, positions, starts, offsets, neurons, &task) ||
-      !AsNumber(x.element_type(), &x_type)) {
-    return Unsupported("dtype");
-  }
-  const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
-  const int64_t alive = task.neurons, count = rows * inputs;
-  const bool few = !expand && kernels->look_up && rows <= kFewRows;
-  const bool widen = x_type != Number::kFloat32;
-  const Shares shares(pool, rows, inputs, kernels->lanes);
-  const int64_t tile = few ? widen * count : shares.count * shares.width * inputs;
-  Scratch tiles = Allocate(expand ? 1 : tile);
-  Expanded expanded(pool, *kernels, expand, rows, inputs, alive);
-  Floats factors(scales, has_scales, alive), biases(bias, has_bias, outputs);
-  if (!tiles || !expanded || !factors || !biases) return OutOfMemory();
-  task.rows = rows;
-  task.inputs = inputs;
-  task.outputs = outputs;
-  task.out = x_type;
-  task.finish.relu = relu;
-  const int64_t stack = Stack(x, 2), groups = Length(offsets, 1) - 1;
-  for (int64_t layer = 0; layer < stack; ++layer) {
-    SetLayer(values, positions, starts, offsets, neurons, layer, &task);
-    task.scales = factors.OfLayer(*kernels, layer);
-    task.finish.bias = biases.OfLayer(*kernels, layer);
-    const void* from = At(x.untyped_data(), layer * count, x_type);
-    char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
-    if (task.columns) FillRows(task, to, rows);
-    const int64_t work = 32 * task.offsets[groups];
-    if (expand) {
-      expanded.Multiply(task, from, to);
-    } else if (few) {
-      if (widen) kernels->widen(from, x_type, tiles.get(), count);
-      task.x = widen ? tiles.get() : static_cast<const float*>(from);
-      task.y = to;
-      const int64_t chunk = (ChunkOf(pool, alive, work * std::max<int64_t>(1, rows)) + 8) / 16;
-      ParallelFor(pool, (groups + chunk - 1) / chunk, [=](int64_t i) {
-        kernels->look_up(task, i * chunk, std::min(groups, (i + 1) * chunk));
+  const bool described = Describe(values, positions, starts, offsets, neurons, &task);
+  task.rows = product.rows;
+  task.inputs = product.inputs;
+  const int64_t alive = task.neurons, groups = Length(offsets, 1) - 1;
+  const bool look_up =
+      product.kernels && product.kernels->look_up && task.rows <= kFewRows;
+  const Shares shares(pool, task.rows, task.inputs, product.Lanes());
+  const int64_t tiles = shares.count * shares.width * task.inputs;
+  return product.Run(
+      described, task, alive, alive, look_up ? product.Widened() : tiles,
+      [&](int64_t layer, WindowTask* task) {
+        SetLayer(values, positions, starts, offsets, neurons, layer, task);
+      },
+      [&](WindowTask task, const void* from, void* to, float* scratch) {
+        const int64_t work = 32 * task.offsets[groups];
+        if (!look_up) {
+          Multiply(pool, product.Tiled(product.kernels->windows, from, to, alive, work),
+                   task, shares, scratch);
+          return;
+        }
+        task.x = product.Widen(from, scratch);
+        task.y = to;
+        const int64_t chunk = (ChunkOf(pool, alive, work * task.rows) + 8) / 16;
+        ParallelFor(pool, (groups + chunk - 1) / chunk, [&](int64_t i) {
+          product.kernels->look_up(task, i * chunk, std::min(groups, (i + 1) * chunk));
+        });
       });
-    } else {
-      Multiply<WindowTask>(pool,
-                           {*kernels, kernels->windows, from, to, x_type, rows, inputs,
-                            alive, work},
-                           task, shares, tiles.get());
-    }
-  }
-  return ffi::Error::Success();
 }
 
 static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
@@ -205,41 +226,23 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                              ffi::AnyBuffer columns_of, ffi::Result<ffi::AnyBuffer> y,
                              bool has_scales, bool has_bias, bool relu, bool expand,
                              std::string_view instructions) {
-  const Kernels* kernels = Find(instructions);
-  if (!kernels) return Unsupported("set of instructions on this processor");
+  const Product product = {pool,       x,        scales, bias,   *y,
+                           has_scales, has_bias, relu,   expand, Find(instructions)};
   BlockTask task;
-  Number x_type;
-  if (!Describe(values, rows_of, columns_of, &task) ||
-      !AsNumber(x.element_type(), &x_type)) {
-    return Unsupported("dtype");
-  }
-  const int64_t rows = Length(x, 2), inputs = Length(x, 1), outputs = Length(*y, 1);
-  const Shares shares(pool, rows, inputs, kernels->lanes);
-  Scratch tiles = Allocate(expand ? 1 : shares.count * shares.width * inputs);
-  Expanded expanded(pool, *kernels, expand, rows, inputs, outputs);
-  Floats factors(scales, has_scales, task.blocks), offsets(bias, has_bias, outputs);
-  if (!tiles || !expanded || !factors || !offsets) return OutOfMemory();
-  task.outputs = outputs;
-  task.out = x_type;
-  task.finish.relu = relu;
-  const int64_t stack = Stack(x, 2);
+  const bool described = Describe(values, rows_of, columns_of, &task);
   const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
-  for (int64_t layer = 0; layer < stack; ++layer) {
-    SetLayer(values, rows_of, columns_of, layer, &task);
-    task.scales = factors.OfLayer(*kernels, layer);
-    task.finish.bias = offsets.OfLayer(*kernels, layer);
-    const void* from = At(x.untyped_data(), layer * rows * inputs, x_type);
-    char* to = const_cast<char*>(At(y->untyped_data(), layer * rows * outputs, x_type));
-    if (expand) {
-      expanded.Multiply(task, from, to);
-      continue;
-    }
-    Multiply<BlockTask>(pool,
-                        {*kernels, kernels->blocks, from, to, x_type, rows, inputs,
-                         outputs, work},
-                        task, shares, tiles.get());
-  }
-  return ffi::Error::Success();
+  const Shares shares(pool, product.rows, product.inputs, product.Lanes());
+  return product.Run(
+      described, task, product.outputs, task.blocks,
+      shares.count * shares.width * product.inputs,
+      [&](int64_t layer, BlockTask* task) {
+        SetLayer(values, rows_of, columns_of, layer, task);
+      },
+      [&](const BlockTask& task, const void* from, void* to, float* tiles) {
+        const int64_t outputs = task.outputs;
+        Multiply(pool, product.Tiled(product.kernels->blocks, from, to, outputs, work),
+                 task, shares, tiles);
+      });
 }
 
 static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
@@ -248,45 +251,25 @@ static ffi::Error GroupedCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
                               ffi::Result<ffi::AnyBuffer> y, bool has_scales,
                               bool has_bias, bool relu, bool expand, int64_t n,
                               int64_t m, int64_t bits, std::string_view instructions) {
-  const Kernels* kernels = Find(instructions);
-  if (!kernels) return Unsupported("set of instructions on this processor");
+  const Product product = {pool,       x,        scales, bias,   *y,
+                           has_scales, has_bias, relu,   expand, Find(instructions)};
   GroupedTask task;
-  Number x_type;
-  if (!Describe(values, codes, n, m, bits, &task) ||
-      !AsNumber(x.element_type(), &x_type)) {
-    return Unsupported("dtype");
-  }
-  task.rows = Length(x, 2);
-  task.inputs = Length(x, 1);
-  task.out = x_type;
-  const int64_t outputs = task.outputs, count = task.rows * task.inputs;
-  const bool widen = x_type != Number::kFloat32;
-  Scratch wide = Allocate(widen && !expand ? count : 1);
-  Expanded expanded(pool, *kernels, expand, task.rows, task.inputs, outputs);
-  Floats factors(scales, has_scales, outputs), offsets(bias, has_bias, outputs);
-  if (!wide || !expanded || !factors || !offsets) return OutOfMemory();
-  task.finish.relu = relu;
-  const int64_t stack = Stack(x, 2);
-  for (int64_t layer = 0; layer < stack; ++layer) {
-    SetLayer(values, codes, layer, &task);
-    task.scales = factors.OfLayer(*kernels, layer);
-    task.finish.bias = offsets.OfLayer(*kernels, layer);
-    const void* from = At(x.untyped_data(), layer * count, x_type);
-    char* to = const_cast<char*>(
-        At(y->untyped_data(), layer * task.rows * outputs, x_type));
-    if (expand) {
-      expanded.Multiply(task, from, to);
-      continue;
-    }
-    if (widen) kernels->widen(from, x_type, wide.get(), count);
-    task.x = widen ? wide.get() : static_cast<const float*>(from);
-    task.y = to;
-    const int64_t chunk = ChunkOf(pool, outputs, outputs * task.kept * task.rows / 8);
-    ParallelFor(pool, (outputs + chunk - 1) / chunk, [=](int64_t i) {
-      kernels->grouped(task, i * chunk, std::min(outputs, (i + 1) * chunk));
-    });
-  }
-  return ffi::Error::Success();
+  const bool described = Describe(values, codes, n, m, bits, &task);
+  task.rows = product.rows;
+  task.inputs = product.inputs;
+  const int64_t outputs = product.outputs;
+  return product.Run(
+      described, task, outputs, outputs, product.Widened(),
+      [&](int64_t layer, GroupedTask* task) { SetLayer(values, codes, layer, task); },
+      [&](GroupedTask task, const void* from, void* to, float* wide) {
+        task.x = product.Widen(from, wide);
+        task.y = to;
+        const int64_t work = outputs * task.kept * task.rows / 8;
+        const int64_t chunk = ChunkOf(pool, outputs, work);
+        ParallelFor(pool, (outputs + chunk - 1) / chunk, [&](int64_t i) {
+          product.kernels->grouped(task, i * chunk, std::min(outputs, (i + 1) * chunk));
+        });
+      });
 }
 
 }  // namespace nmjax
