@@ -59,12 +59,13 @@ class Engine:
     Attributes:
       client: What is served.
       sizes: Sizes of batches, ascending.
+      variables: The weights.
     """
 
     def __init__(self, client: Client, variables: Variables, sizes: Sequence[int]):
         """Compile for every size; this takes seconds each."""
         self.client, self.sizes = client, sorted(sizes)
-        self._answer, self._variables = jax.jit(client.answer), variables
+        self._answer, self.variables = jax.jit(client.answer), variables
         self._lock = threading.Lock()
         self._meters = {size: Meter() for size in self.sizes}
         for size in tqdm(self.sizes, "compiling", disable=not sys.stderr.isatty()):
@@ -91,7 +92,7 @@ class Engine:
             inputs = self.client.inputs(batch, size, first + start)
             with self._lock:
                 began = time.perf_counter()
-                made = np.asarray(self._answer(self._variables, inputs))[: len(batch)]
+                made = np.asarray(self._answer(self.variables, inputs))[: len(batch)]
                 seconds = time.perf_counter() - began
                 self._meters[size].add(seconds, self.client.count(made))
             answers += self.client.outputs(made)

@@ -287,7 +287,7 @@ def test_script_trains_compresses_and_compares(smoke):
     assert (out / "cnn-linen-srste-seed0.png").exists()
 
 
-def test_srigl_is_compressed_at_its_masks():
+def test_srigl_is_compressed_at_its_masks_and_served(tmp_path):
     options = compress.parse(["--smoke", "--density", "0.2"])
     client = clients.build({**FACTS["cnn"], "model": "cnn", "library": "linen"})
     shapes, _ = jax.eval_shape(client.network.init, jax.random.key(0))
@@ -295,15 +295,24 @@ def test_srigl_is_compressed_at_its_masks():
 
     @jax.jit
     def start(key):
-        params, _ = client.network.init(key)
+        params, rest = client.network.init(key)
         params = recipe.start(key, params)
-        return params, recipe.masks(recipe.optimizer.init(params))
+        return params, rest, recipe.masks(recipe.optimizer.init(params))
 
-    params, masks = start(jax.random.key(0))
+    params, rest, masks = start(jax.random.key(0))
     small = nm.compress(params, recipe.plan, masks=masks)
     found = {leaf.layout for leaf in compressed_leaves(small)}
     assert "fan-in 14 of 72, 16 of 16 neurons" in found
     assert_same_tree(nm.decompress(small), params)
+    sparse, items = clients.Variables(params, rest), items_of("cnn", 3)
+    clients.save(tmp_path, client, sparse, clients.Variables(small, rest), items)
+    one, other = (
+        serve.load_engine(tmp_path, False, [3], prepare=prepare)
+        for prepare in (False, True)
+    )
+    assert one(items) == other(items)
+    kinds = {type(leaf).__name__ for leaf in compressed_leaves(other.variables.params)}
+    assert kinds == {"FanInArray", "WindowArray"}
 
 
 def test_differing_weights_are_found(classifiers):
