@@ -45,10 +45,13 @@ docs: $(VENV)/.has-docs
 clean:
 	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-# A stamp file says that an extra is installed as pyproject.toml asks.
+# A stamp file says that an extra is installed as pyproject.toml asks. Another extra then
+# adds its packages alone: to install nmjax again would build its library again.
 $(VENV)/.has-%: pyproject.toml $(VENV)/.interpreter
 	@echo "installing nmjax[$*] in $(VENV); the first time this takes minutes"
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@if [ -n "$$(find $(VENV) -maxdepth 1 -name '.has-*' -newer pyproject.toml \
+	    -newer $(VENV)/.interpreter)" ]; then nmjax=nmjax; else nmjax='--editable .'; fi; \
+	set -x; $(BIN)/python -m pip install --quiet $$nmjax"[$*]"
 	@touch $@
 
 # The environment is made anew only when the interpreter's version is another one.
