@@ -24,23 +24,33 @@ built = pytest.mark.skipif(
 )
 
 
+# The arrays are made by NumPy: JAX would compile every operation for every shape.
+
+
 def normal(seed, shape, dtype=jnp.float32):
     values = np.random.default_rng(seed).normal(size=shape)
-    return jnp.asarray(values, jnp.float32).astype(dtype)
+    return jnp.asarray(values.astype(np.float32).astype(dtype))
+
+
+def largest(sizes, count):
+    """Mark the largest in each row."""
+    order = np.argsort(-sizes, axis=-1, kind="stable")
+    return np.argsort(order, axis=-1) < count
 
 
 def grouped(n, m, shape, seed=0):
-    weights = normal(seed, shape)
-    kept = jnp.where(nm.nm_mask(weights, n, m), weights, 0)
-    return formats.NMArray.from_dense(kept, n, m)
+    weights = np.asarray(normal(seed, shape))
+    groups = weights.reshape(-1, m, shape[1]).swapaxes(1, 2)
+    mask = largest(groups, n).swapaxes(1, 2).reshape(shape)
+    return formats.NMArray.from_dense(jnp.asarray(mask * weights), n, m)
 
 
 def condensed(k, shape, seed=0, ablated=()):
-    weights = normal(seed, shape)
-    mask = nm.fan_in_mask(weights, k)
-    if ablated:
-        mask = mask.at[:, jnp.array(ablated)].set(False)
-    return formats.FanInArray.from_dense(jnp.where(mask, weights, 0), mask=mask)
+    weights = np.asarray(normal(seed, shape))
+    mask = largest(weights.T, k).T
+    mask[:, list(ablated)] = False
+    weights, mask = jnp.asarray(mask * weights), jnp.asarray(mask)
+    return formats.FanInArray.from_dense(weights, mask=mask)
 
 
 def in_windows(k, shape, seed=0, ablated=()):
@@ -49,11 +59,13 @@ def in_windows(k, shape, seed=0, ablated=()):
 
 
 def blocked(outputs, inputs, shape, seed=0):
-    weights = normal(seed, shape)
-    count = max(1, weights.size // (outputs * inputs) // 5)
-    mask = nm.block_mask(jnp.abs(weights), count, (inputs, outputs))
-    kept = jnp.where(mask, weights, 0)
-    return formats.BlockArray.from_dense(kept, outputs, inputs, mask=mask)
+    weights = np.asarray(normal(seed, shape))
+    rows, columns = shape[0] // inputs, shape[1] // outputs
+    tiles = abs(weights).reshape(rows, inputs, columns, outputs).sum((1, 3))
+    kept = largest(tiles.ravel(), max(1, tiles.size // 5)).reshape(tiles.shape)
+    mask = kept.repeat(inputs, 0).repeat(outputs, 1)
+    weights, mask = jnp.asarray(mask * weights), jnp.asarray(mask)
+    return formats.BlockArray.from_dense(weights, outputs, inputs, mask=mask)
 
 
 def has(instructions):
@@ -174,14 +186,13 @@ def test_a_bias_and_relu_follow_the_sums(dtype, activation):
 
         return [each(name, expand) for name in sets for expand in (False, True)]
 
+    dense = dense_of(arrays)
     for found in run(arrays, biases, inputs):
-        for w, bias, xs, outs in zip(arrays, biases, inputs, found, strict=True):
+        for w, bias, xs, outs in zip(dense, biases, inputs, found, strict=True):
             for x, out in zip(xs, outs, strict=True):
-                terms = (
-                    np.asarray(array, np.float64) for array in (x, w.todense(), bias)
-                )
-                x, dense, offsets = terms
-                expected = x @ dense + offsets
+                terms = (np.asarray(array, np.float64) for array in (x, w, bias))
+                x, weights, offsets = terms
+                expected = x @ weights + offsets
                 if activation:
                     expected = np.maximum(expected, 0)
                 error = np.abs(np.asarray(out, np.float64) - expected).max()
