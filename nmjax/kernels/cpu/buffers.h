@@ -72,12 +72,13 @@ static int64_t ChunkOf(const ffi::ThreadPool& pool, int64_t outputs, int64_t wor
 }
 
 // Rows of x that are taken at a time: one, or those that there are filled up to 4, 8 or
-// one, two or four vectors. The tile must stay in the second cache beside the weights.
-static int64_t TileWidth(int64_t rows, int64_t inputs, int64_t lanes) {
+// one, two or (at `most`) four vectors. The tile must stay in the second cache beside the
+// weights.
+static int64_t TileWidth(int64_t rows, int64_t inputs, int64_t lanes, int64_t most = 4) {
   if (rows <= 1) return 1;
   constexpr int64_t kLargest = 1 << 19;  // bytes
   int64_t width = 4;
-  while (width < rows && width < 4 * lanes && 8 * width * inputs <= kLargest) {
+  while (width < rows && width < most * lanes && 8 * width * inputs <= kLargest) {
     width *= 2;
   }
   return width;
@@ -90,11 +91,12 @@ struct Shares {
   int64_t count, rows;  // rows of each share
   int64_t width;        // of a tile
 
-  Shares(const ffi::ThreadPool& pool, int64_t all, int64_t inputs, int64_t lanes)
-      : count(1), rows(all), width(TileWidth(all, inputs, lanes)) {
+  Shares(const ffi::ThreadPool& pool, int64_t all, int64_t inputs, int64_t lanes,
+         int64_t most = 4)
+      : count(1), rows(all), width(TileWidth(all, inputs, lanes, most)) {
     const int64_t threads = std::max<int64_t>(1, pool.num_threads());
     const int64_t each = ((all + threads - 1) / threads + lanes - 1) / lanes * lanes;
-    const int64_t own = TileWidth(each, inputs, lanes);
+    const int64_t own = TileWidth(each, inputs, lanes, most);
     if (threads == 1 || own < 2 * lanes) return;
     count = (all + each - 1) / each;
     rows = each;

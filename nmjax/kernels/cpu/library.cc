@@ -231,7 +231,9 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   BlockTask task;
   const bool described = Describe(values, rows_of, columns_of, &task);
   const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
-  const Shares shares(pool, product.rows, product.inputs, product.Lanes());
+  // Rows of two vectors leave registers for the sums of 8 outputs.
+  const Shares shares(pool, product.rows, product.inputs, product.Lanes(),
+                      task.block_outputs >= 8 ? 2 : 4);
   return product.Run(
       described, task, product.outputs, task.blocks,
       shares.count * shares.width * product.inputs,
