@@ -71,14 +71,19 @@ static int64_t ChunkOf(const ffi::ThreadPool& pool, int64_t outputs, int64_t wor
   return std::max<int64_t>(8, (chunk + 7) / 8 * 8);
 }
 
+// What a tile of x may be: how many vectors of rows, and how large. It must stay in the
+// second cache beside the weights.
+struct TileLimit {
+  int64_t vectors = 4, bytes = 1 << 19;
+};
+
 // Rows of x that are taken at a time: one, or those that there are filled up to 4, 8 or
-// one, two or (at `most`) four vectors. The tile must stay in the second cache beside the
-// weights.
-static int64_t TileWidth(int64_t rows, int64_t inputs, int64_t lanes, int64_t most = 4) {
+// one, two or four vectors.
+static int64_t TileWidth(int64_t rows, int64_t inputs, int64_t lanes, TileLimit most) {
   if (rows <= 1) return 1;
-  constexpr int64_t kLargest = 1 << 19;  // bytes
   int64_t width = 4;
-  while (width < rows && width < most * lanes && 8 * width * inputs <= kLargest) {
+  while (width < rows && width < most.vectors * lanes &&
+         8 * width * inputs <= most.bytes) {
     width *= 2;
   }
   return width;
@@ -92,7 +97,7 @@ struct Shares {
   int64_t width;        // of a tile
 
   Shares(const ffi::ThreadPool& pool, int64_t all, int64_t inputs, int64_t lanes,
-         int64_t most = 4)
+         TileLimit most = {})
       : count(1), rows(all), width(TileWidth(all, inputs, lanes, most)) {
     const int64_t threads = std::max<int64_t>(1, pool.num_threads());
     const int64_t each = ((all + threads - 1) / threads + lanes - 1) / lanes * lanes;

@@ -38,8 +38,10 @@ static void MultiplyRows(const Layer<Task>& layer, Task task, int64_t begin,
     task.rows = std::min(width, end - row);
     // Few rows that are left take a narrow tile, but none that adds in another order:
     // results shall not depend on the number of threads.
-    task.width = std::max(TileWidth(task.rows, inputs, layer.kernels.lanes),
-                          std::min<int64_t>(width, 2 * layer.kernels.lanes));
+    task.width = width;
+    while (task.width > 2 * layer.kernels.lanes && task.width >= 2 * task.rows) {
+      task.width /= 2;
+    }
     const void* from = At(layer.x, row * inputs, layer.type);
     task.y = const_cast<char*>(At(layer.y, row * task.outputs, layer.type));
     task.x = tile;
@@ -231,9 +233,10 @@ static ffi::Error BlocksCall(ffi::ThreadPool pool, ffi::AnyBuffer x,
   BlockTask task;
   const bool described = Describe(values, rows_of, columns_of, &task);
   const int64_t work = task.blocks * task.block_inputs * task.block_outputs;
-  // Rows of two vectors leave registers for the sums of 8 outputs.
-  const Shares shares(pool, product.rows, product.inputs, product.Lanes(),
-                      task.block_outputs >= 8 ? 2 : 4);
+  // Two vectors of rows leave registers for the sums of 8 outputs. Where a block has fewer,
+  // reading the weights again for other rows takes longer than reading more of x.
+  const TileLimit most = task.block_outputs >= 8 ? TileLimit{2} : TileLimit{4, 1 << 20};
+  const Shares shares(pool, product.rows, product.inputs, product.Lanes(), most);
   return product.Run(
       described, task, product.outputs, task.blocks,
       shares.count * shares.width * product.inputs,
