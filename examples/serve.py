@@ -18,7 +18,7 @@ Inputs of a classifier are images in a ``.npy`` file, uint8 ``(n, height, width,
 channels)``, those of a translator are lines of text. Answers are written one per line.
 ``--check`` answers with the dense weights too and fails if an answer differs.
 ``--prepare`` lays constant fan-in weights (of ``--method srigl``) out for this CPU,
-which is faster for large layers and batches of up to 16.
+which is faster for large layers and small batches.
 
 Requests are filled up to the next of a few fixed batch sizes (``--sizes``), so that XLA
 compiles few programs, all of them before the first request. `serving.py` has the

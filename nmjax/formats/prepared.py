@@ -242,8 +242,8 @@ def prepare(params: Params, target: str | None = None) -> Params:
       `nmjax.formats.PreparedArray`, which its sparse tensor cores take. Elsewhere
       positions are put back in order at every call.
     - For a CPU with AVX-512, constant fan-in leaves become
-      `nmjax.formats.WindowArray`, which is faster at up to 8 rows and slower at many.
-      Without AVX-512 it is slower at any number.
+      `nmjax.formats.WindowArray`, which is faster for up to 4 rows, about as fast for
+      8 and slower for more. Without AVX-512 it is slower for any number.
 
     Other leaves stay as they are; `nmjax.formats.prepared.refusal` says why.
 
