@@ -95,6 +95,8 @@ def every_array():
         in_windows(2, (300, 3)),
         *(grouped(n, m, (m * 41, 5)) for n, m in PATTERNS),
         *(blocked(outputs, inputs, (48, 80)) for outputs, inputs in SIZES),
+        blocked(4, 1, (700, 8)),
+        blocked(8, 1, (400, 8)),
     ]
 
 
